@@ -1,0 +1,298 @@
+"""Linear solvers of (I - M) x = b and its transpose, M = discount * P_pi: policy evaluation and the adjoint.
+
+`linear_solve` is differentiable in the operator and the right-hand side; each solve reports its own
+result, so that an adjoint that failed cannot pass for a gradient.
+"""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import lu_factor, lu_solve
+from jax.scipy.sparse.linalg import gmres
+
+from bilevel_jax.batching import one_at_a_time_on_cpu
+from bilevel_jax.bellman import discounted_operator
+from bilevel_jax.errors import InputError
+from bilevel_jax.mdp import MDP, over_batch
+from bilevel_jax.results import Result
+from bilevel_jax.transitions import StateOperator
+
+# Below this many states a factorization is cheaper than Krylov iterations (docs/performance.md).
+DIRECT_LIMIT = 1024
+
+
+class LinearStats(eqx.Module):
+    """How a linear solve went. `result` is a `Result` code, all fields are scalars a batch element.
+
+    `residual` is |b - A x|; `error_bound` bounds |x - x*| by residual / (1 - discount). Both are in the
+    sup norm for a value and in the 1-norm for an adjoint (a signed occupancy): the norms in which the
+    bound holds.
+    """
+
+    result: jax.Array
+    steps: jax.Array
+    residual: jax.Array
+    error_bound: jax.Array
+
+
+class LinearSolver(eqx.Module):
+    """The protocol: `prepare` once an operator, `solve` for each right-hand side."""
+
+    def prepare(self, operator: StateOperator, active: jax.Array) -> Any:
+        """What solves with M and with M' share, e.g. a factorization. May be skipped where not active."""
+        del operator, active
+
+    @abc.abstractmethod
+    def solve(
+        self,
+        operator: StateOperator,
+        prepared: Any,
+        rhs: jax.Array,
+        guess: jax.Array,
+        active: jax.Array,
+        transpose: bool,
+    ) -> tuple[jax.Array, jax.Array]:
+        """x[S] with (I - M) x = rhs, or (I - M') x = rhs if transpose, and the number of steps taken."""
+
+    @abc.abstractmethod
+    def relative_tolerance(self, dtype: Any) -> Any:
+        """A residual above this fraction of |b| (2-norm) is reported as not converged."""
+
+
+def residual_of(system: StateOperator, x: jax.Array, rhs: jax.Array) -> jax.Array:
+    """rhs - (I - M) x, all [S]."""
+    return rhs - x + system.apply(x)
+
+
+class Direct(LinearSolver):
+    """LU factorization of the S x S matrix, shared by all solves with it: O(S^3) time, O(S^2) memory."""
+
+    def prepare(self, operator, active):
+        matrix = operator.matrix()
+        return _factorize(jnp.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix, active)
+
+    def solve(self, operator, prepared, rhs, guess, active, transpose):
+        del operator, guess
+        substitute = _substitute_transpose if transpose else _substitute
+        return substitute(prepared, rhs, active), jnp.asarray(1)
+
+    def relative_tolerance(self, dtype):
+        return float(jnp.finfo(dtype).eps) ** 0.5
+
+
+@one_at_a_time_on_cpu
+def _factorize(matrix, active):
+    order = jnp.arange(matrix.shape[-1], dtype=jnp.int32)
+    return lax.cond(active, lu_factor, lambda m: (m, order), matrix)
+
+
+@one_at_a_time_on_cpu
+def _substitute(factors, rhs, active):
+    return lax.cond(active, lambda b: lu_solve(factors, b), lambda b: b, rhs)
+
+
+@one_at_a_time_on_cpu
+def _substitute_transpose(factors, rhs, active):
+    return lax.cond(active, lambda b: lu_solve(factors, b, trans=1), lambda b: b, rhs)
+
+
+class GMRES(LinearSolver):
+    """Restarted GMRES (`jax.scipy.sparse.linalg.gmres`, one cycle at a time, the true residual checked).
+
+    Args:
+      tolerance: |b - A x|_2 / |b|_2 at which to stop; None means 1e-10 in float64, 1e-5 in float32.
+      restart: Krylov dimension of a cycle (static).
+      max_cycles: cycles at most.
+
+    Raises:
+      InputError: restart below 1.
+    """
+
+    tolerance: Any = None
+    restart: int = eqx.field(default=30, static=True)
+    max_cycles: Any = 100
+
+    def __check_init__(self):
+        if self.restart < 1:
+            raise InputError(f"restart must be at least 1, got {self.restart}; 20 to 50 is usual")
+
+    def relative_tolerance(self, dtype):
+        if self.tolerance is None:
+            return 1e-10 if dtype == jnp.float64 else 1e-5
+        return self.tolerance
+
+    def solve(self, operator, prepared, rhs, guess, active, transpose):
+        del prepared
+        return _restarted_gmres(self, operator.T if transpose else operator, rhs, guess, active)
+
+
+@one_at_a_time_on_cpu
+def _restarted_gmres(solver, system, rhs, guess, active):
+    target = jnp.asarray(solver.relative_tolerance(rhs.dtype), rhs.dtype) * jnp.linalg.norm(rhs)
+
+    def cycle(carry):
+        x, gap, _, cycles = carry
+        update, _ = gmres(
+            lambda v: v - system.apply(v),
+            gap,
+            tol=0.0,
+            atol=target,
+            restart=solver.restart,
+            maxiter=1,
+            solve_method="incremental",
+        )
+        new = residual_of(system, x + update, rhs)
+        # A cycle that gains nothing will not gain later either: rounding, or a breakdown.
+        gained = jnp.linalg.norm(new) < jnp.linalg.norm(gap)
+        return jnp.where(gained, x + update, x), jnp.where(gained, new, gap), gained, cycles + 1
+
+    def unfinished(carry):
+        _, gap, gained, cycles = carry
+        return active & gained & (jnp.linalg.norm(gap) > target) & (cycles < solver.max_cycles)
+
+    start = (guess, residual_of(system, guess, rhs), jnp.asarray(True), jnp.asarray(0))
+    x, _, _, cycles = lax.while_loop(unfinished, cycle, start)
+    return x, cycles
+
+
+class Neumann(LinearSolver):
+    """The truncated series sum_k M^k b, with `terms` products after the first term (static).
+
+    Always reported as converged, since it does what was asked; its residual is in the stats.
+    """
+
+    terms: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        if self.terms < 0:
+            raise InputError(f"terms must be at least 0, got {self.terms}")
+
+    def relative_tolerance(self, dtype):
+        del dtype
+        return jnp.inf
+
+    def solve(self, operator, prepared, rhs, guess, active, transpose):
+        del prepared, guess, active
+        system = operator.T if transpose else operator
+        return lax.fori_loop(0, self.terms, lambda _, x: rhs + system.apply(x), rhs), jnp.asarray(self.terms)
+
+
+class Descent(LinearSolver):
+    """Gradient steps on |A x - b|^2 / 2 from the guess: x <- x - step_size A' (A x - b).
+
+    The adjoint of M-SoBiRL (Yang, Gao and Yuan 2025, Algorithm 1) with `steps` steps an upper
+    iteration (static), warm-started by the algorithm. Always reported as converged.
+    """
+
+    step_size: Any = 0.5
+    steps: int = eqx.field(default=1, static=True)
+
+    def __check_init__(self):
+        if self.steps < 1:
+            raise InputError(f"steps must be at least 1, got {self.steps}")
+
+    def relative_tolerance(self, dtype):
+        del dtype
+        return jnp.inf
+
+    def solve(self, operator, prepared, rhs, guess, active, transpose):
+        del prepared, active
+        system = operator.T if transpose else operator
+        step_size = jnp.asarray(self.step_size, rhs.dtype)
+
+        def step(_, x):
+            gap = residual_of(system, x, rhs)
+            return x + step_size * (gap - system.T.apply(gap))
+
+        return lax.fori_loop(0, self.steps, step, guess), jnp.asarray(self.steps)
+
+
+def default_linear_solver(num_states: int) -> LinearSolver:
+    """Direct up to `DIRECT_LIMIT` states, GMRES above."""
+    return Direct() if num_states <= DIRECT_LIMIT else GMRES()
+
+
+def linear_solve(
+    solver: LinearSolver,
+    operator: StateOperator,
+    modulus: jax.Array,
+    rhs: jax.Array,
+    *,
+    transpose: bool = False,
+    guess: jax.Array | None = None,
+    active: jax.Array | bool = True,
+    poison: bool = False,
+) -> tuple[jax.Array, LinearStats]:
+    """Solve (I - M) x = rhs, or (I - M') x = rhs, for an operator M with |M|_inf <= modulus < 1.
+
+    Args:
+      solver: a `LinearSolver`; its `prepare` runs once for this solve and for its derivatives.
+      operator, rhs: M and b[S]; differentiable, in forward and reverse mode and repeatedly.
+      transpose: solve with the transpose.
+      guess: start of an iterative solver, [S]; zeros if None. Not differentiated.
+      active: where False the solve may be skipped and x is meaningless.
+      poison: return NaN in x, and in the hidden solves of derivatives, where a solve did not
+        converge. For solves whose stats nobody sees.
+
+    Returns:
+      x[S] and `LinearStats`.
+    """
+    frozen, frozen_solver, modulus = lax.stop_gradient((operator, jax.tree.map(jnp.asarray, solver), modulus))
+    active = jnp.asarray(active)
+    prepared = frozen_solver.prepare(frozen, active)
+    start = jnp.zeros_like(rhs) if guess is None else lax.stop_gradient(guess)
+
+    def solve(_, b, flip=transpose):
+        # The guess belongs to this side; the other side's solves, in derivatives, start from zero.
+        first = start if flip == transpose else jnp.zeros_like(b)
+        x, steps = frozen_solver.solve(frozen, prepared, b, first, active, flip)
+        stats = _stats(frozen_solver, frozen.T if flip else frozen, modulus, x, b, steps, flip)
+        return (jnp.where(stats.result == Result.CONVERGED, x, jnp.nan) if poison else x), stats
+
+    system = operator.T if transpose else operator
+    return lax.custom_linear_solve(
+        lambda x: x - system.apply(x),
+        rhs,
+        solve=solve,
+        transpose_solve=lambda _, b: solve(_, b, not transpose),
+        has_aux=True,
+    )
+
+
+def _stats(solver, system, modulus, x, rhs, steps, transpose) -> LinearStats:
+    gap = residual_of(system, x, rhs)
+    residual = jnp.sum(jnp.abs(gap)) if transpose else jnp.max(jnp.abs(gap))
+    tolerance = jnp.asarray(solver.relative_tolerance(rhs.dtype), rhs.dtype)
+    rounding = 8 * jnp.finfo(rhs.dtype).eps * jnp.linalg.norm(x)
+    ok = jnp.linalg.norm(gap) <= 1.01 * tolerance * jnp.linalg.norm(rhs) + rounding
+    result = jnp.where(ok, Result.CONVERGED, Result.MAX_STEPS)
+    result = jnp.where(jnp.all(jnp.isfinite(x)), result, Result.NOT_FINITE)
+    return LinearStats(result.astype(jnp.int32), steps, residual, residual / (1 - modulus))
+
+
+def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = None) -> jax.Array:
+    """The value V[S] of a policy[S, A] for the MDP's own reward, without regularization.
+
+    Solves V = sum_a pi (r + discount P V). Differentiable in policy and every leaf of the MDP; batch
+    axes first, as in the MDP. NaN where the linear solve did not converge.
+    """
+    return _policy_value(mdp, _NoRegularizer(), policy, adjoint=adjoint)
+
+
+@over_batch
+def _policy_value(mdp, regularizer, policy, *, adjoint):
+    del regularizer
+    solver = default_linear_solver(mdp.num_states) if adjoint is None else adjoint
+    rewards = jnp.sum(policy * mdp.reward, -1)
+    return linear_solve(solver, discounted_operator(mdp, policy), mdp.modulus, rewards, poison=True)[0]
+
+
+class _NoRegularizer(eqx.Module):
+    """Stands in where `over_batch` wants a regularizer and the function has none."""
+
+    def event_ndim(self):
+        return self

@@ -1,0 +1,6 @@
+"""Bilevel problems by name: `make("four_rooms", beta=3.0)`, `names()`. One problem a file."""
+
+from bilevel_jax.problems import four_rooms, synthetic
+from bilevel_jax.problems.registry import ProblemSpec, make, names, register, spec
+
+__all__ = ["ProblemSpec", "four_rooms", "make", "names", "register", "spec", "synthetic"]

@@ -1,0 +1,148 @@
+"""Four Rooms incentive design (Thoma, Pasztor, Krause, Ramponi and Hu, NeurIPS 2024, arXiv 2406.01575).
+
+A designer places penalties so that an agent on its way to a goal passes a cell that the designer
+likes. Two contexts (goals), known to the agent, with probability 1/2 each.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax.adjoint import policy_value
+from bilevel_jax.errors import InputError
+from bilevel_jax.mdp import MDP
+from bilevel_jax.problems.grid import Grid, parse_map
+from bilevel_jax.problems.registry import register
+from bilevel_jax.regularizers import ShannonEntropy
+from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
+
+MAP = """
+xxxxxxxxxxxxx
+x     x     x
+x     x     x
+x           x
+x     x     x
+x     x     x
+xx xxxx     x
+x     xxx xxx
+x     x     x
+x     x     x
+x           x
+x     x     x
+xxxxxxxxxxxxx
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class FourRoomsOptions:
+    """Four Rooms incentive design: penalties that lead an agent past a marked cell (Thoma et al. 2024).
+
+    temperature: of the agent's entropy, in units of the goal's reward (published: 0.001, 0.003, 0.005).
+    beta: price of the penalties to the designer (published: 1, 3, 5).
+    discount: of the agent and of the designer.
+    max_penalty: total penalty that the designer can distribute, in units of the goal's reward.
+    slip: probability that another move than the chosen one is made (0.33 * 4 / 3).
+    goals: (row, column) of the goal in each context.
+    origin: (row, column) where the agent starts.
+    target: (row, column) of the cell that the designer likes.
+    transition: "dense" or "successor", how the dynamics are stored.
+    """
+
+    temperature: float = 0.003
+    beta: float = 1.0
+    discount: float = 0.99
+    max_penalty: float = 0.2
+    slip: float = 0.44
+    goals: tuple[tuple[int, int], ...] = ((1, 9), (11, 11))
+    origin: tuple[int, int] = (4, 1)
+    target: tuple[int, int] = (8, 4)
+    transition: str = "dense"
+
+
+class FourRooms(eqx.Module):
+    """The problem. The upper variable is w[n_cells + 1], cells in row-major order, then a spare one.
+
+    penalty[c] = -max_penalty * softmax(w)[c]: the agent pays it for acting in cell c, except at its
+    goal. Acting at the goal pays 1 and ends the episode (discount 0 there). The designer maximises the
+    discounted sum of 1 in the target cell and -beta * sum_c |penalty[c]| at the goal.
+    """
+
+    transition: Transition
+    temperature: jax.Array
+    beta: jax.Array
+    discount: jax.Array
+    max_penalty: jax.Array
+    at_goal: jax.Array  # bool [C, S]
+    at_target: jax.Array  # bool [S]
+    initial: jax.Array  # [S]
+
+    def __init__(self, options: FourRoomsOptions):
+        grid = self.grid
+        states = len(grid.cells)
+        self.transition = _dynamics(grid, options.slip, options.transition)
+        self.temperature = ShannonEntropy(options.temperature).temperature
+        self.beta = jnp.asarray(options.beta, float)
+        self.discount = jnp.asarray(options.discount, float)
+        self.max_penalty = jnp.asarray(options.max_penalty, float)
+        if not options.goals:
+            raise InputError("goals: give at least one (row, column)")
+        goals = np.array([grid.state("goals", goal) for goal in options.goals])
+        self.at_goal = jnp.asarray(np.arange(states) == goals[:, None])
+        self.at_target = jnp.asarray(np.arange(states) == grid.state("target", options.target))
+        self.initial = jnp.asarray(np.arange(states) == grid.state("origin", options.origin), float)
+        self.mdp(jnp.zeros(states + 1))  # checks the discount where it is known
+
+    @property
+    def grid(self) -> Grid:
+        """The map; `incentive(x)` is a function of its cells."""
+        return parse_map(MAP)
+
+    def start(self, key: jax.Array) -> jax.Array:
+        """w ~ N(0, 0.01^2), [n_cells + 1]."""
+        return 0.01 * jax.random.normal(key, (self.at_target.shape[0] + 1,))
+
+    def incentive(self, x: jax.Array) -> jax.Array:
+        """The penalty of each cell, [n_cells], at most 0."""
+        return -self.max_penalty * jax.nn.softmax(x)[:-1]
+
+    def mdp(self, x):
+        ends = self.at_goal[..., None]
+        reward = jnp.where(ends, 1, self.incentive(x)[:, None])
+        return self._process(reward)
+
+    def regularizer(self, x):
+        del x
+        return ShannonEntropy(self.temperature)
+
+    def objective(self, x, solution):
+        price = self.beta * jnp.sum(jnp.abs(self.incentive(x)))
+        reward = jnp.where(self.at_goal, -price, 0) + self.at_target.astype(price.dtype)
+        value = policy_value(self._process(reward[..., None]), solution.policy)
+        return -jnp.mean(value @ self.initial)
+
+    def _process(self, reward: jax.Array) -> MDP:
+        """The agent's dynamics in each context with a reward [C, S, A] or [C, S, 1]."""
+        shape = (*self.at_goal.shape, self.transition.shape[-1])
+        discount = jnp.where(self.at_goal, 0, self.discount)[..., None]
+        return MDP(
+            self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(discount, shape), self.initial
+        )
+
+
+def _dynamics(grid: Grid, slip: jax.Array | float, kind: str) -> Transition:
+    destination = jnp.asarray(grid.moves(), jnp.int32)  # [S, 4]
+    states, actions = destination.shape
+    made = jnp.where(jnp.eye(actions, dtype=bool), 1 - jnp.asarray(slip, float), slip / (actions - 1))  # chosen, made
+    if kind == "successor":
+        successor = jnp.broadcast_to(destination.T[:, :, None], (actions, states, actions))
+        return SuccessorTransition(successor, jnp.broadcast_to(made.T[:, None, :], successor.shape))
+    if kind != "dense":
+        raise InputError(f"transition: expected 'dense' or 'successor', got {kind!r}")
+    arrives = jax.nn.one_hot(destination, states, dtype=made.dtype)  # [S, made, S]
+    return DenseTransition(jnp.einsum("am,smj->saj", made, arrives))
+
+
+register("four_rooms", FourRoomsOptions, FourRooms)

@@ -1,0 +1,46 @@
+"""Grid worlds from plain-text maps: `x` is a wall, anything else a cell; cells in row-major order."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from bilevel_jax.errors import InputError
+
+# up, right, down, left, as (row, column) steps
+MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
+
+
+class Grid(NamedTuple):
+    """A parsed map: `walls` bool[H, W] and `cells` int[S, 2], (row, column) of each state."""
+
+    walls: np.ndarray
+    cells: np.ndarray
+
+    def state(self, name: str, cell: tuple[int, int]) -> int:
+        """The state index of a cell. Raises InputError for a wall or a place outside the map."""
+        match = np.flatnonzero((self.cells == np.asarray(cell)).all(-1))
+        if match.size != 1:
+            raise InputError(f"{name}: {tuple(cell)} is no free cell of the {self.walls.shape[0]} x "
+                             f"{self.walls.shape[1]} map (rows and columns count from 0)")
+        return int(match[0])
+
+    def moves(self) -> np.ndarray:
+        """Where each move leads, int[S, 4]; a move into a wall or off the map stays."""
+        index = np.full(self.walls.shape, -1)
+        index[tuple(self.cells.T)] = np.arange(len(self.cells))
+        target = self.cells[:, None] + MOVES
+        inside = ((target >= 0) & (target < self.walls.shape)).all(-1)
+        row, column = np.moveaxis(np.where(inside[..., None], target, 0), -1, 0)
+        destination = np.where(inside, index[row, column], -1)
+        return np.where(destination >= 0, destination, np.arange(len(self.cells))[:, None])
+
+
+def parse_map(text: str) -> Grid:
+    """Parse a map. Raises InputError if it is not rectangular or has no cell."""
+    rows = text.strip("\n").split("\n")
+    if len({len(row) for row in rows}) != 1:
+        raise InputError(f"map: rows have lengths {sorted({len(row) for row in rows})}; pad them to one length")
+    walls = np.array([[character == "x" for character in row] for row in rows])
+    if walls.all():
+        raise InputError("map: it has walls only; leave at least one cell that is not 'x'")
+    return Grid(walls, np.argwhere(~walls))

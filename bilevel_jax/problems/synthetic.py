@@ -1,0 +1,82 @@
+"""The synthetic random MDP of Yang, Gao and Yuan (AISTATS 2025, section 6 and their public code)."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from bilevel_jax.errors import InputError
+from bilevel_jax.mdp import MDP
+from bilevel_jax.problems.registry import register
+from bilevel_jax.regularizers import ShannonEntropy
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticOptions:
+    """Synthetic random MDP with a quadratic reward model (Yang, Gao and Yuan 2025).
+
+    states, actions: size of the MDP.
+    dimension: of the upper variable.
+    discount, temperature: of the lower level.
+    seed: of the random MDP and reward (not of the starting point).
+    """
+
+    states: int = 10
+    actions: int = 5
+    dimension: int = 100
+    discount: float = 0.5
+    temperature: float = 1.0
+    seed: int = 0
+
+
+class Synthetic(eqx.Module):
+    """The problem: r_x[s, a] = coefficient[s, a] * x' matrix x, f = |x|^2 / 2 + sum pi^2 / 2.
+
+    The upper variable is x[n]. Every pair has a random number (1 to S - 1) of random successors.
+    """
+
+    transition: jax.Array  # [S, A, S]
+    coefficient: jax.Array  # [S, A]
+    matrix: jax.Array  # [n, n]
+    discount: jax.Array
+    temperature: jax.Array
+
+    def start(self, key: jax.Array) -> jax.Array:
+        """x ~ N(0, 1), [n]."""
+        return jax.random.normal(key, self.matrix.shape[:1], self.matrix.dtype)
+
+    def mdp(self, x):
+        return MDP(self.transition, self.coefficient * (x @ self.matrix @ x), self.discount)
+
+    def regularizer(self, x):
+        del x
+        return ShannonEntropy(self.temperature)
+
+    def objective(self, x, solution):
+        return (jnp.sum(x**2) + jnp.sum(solution.policy**2)) / 2
+
+
+def synthetic(options: SyntheticOptions) -> Synthetic:
+    """Draw a problem. Raises InputError for sizes below 1 (2 states) or a discount out of range."""
+    for name, least in (("states", 2), ("actions", 1), ("dimension", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"{name} must be at least {least}, got {getattr(options, name)}")
+    shape = (options.states, options.actions)
+    keys = jax.random.split(jax.random.key(options.seed), 5)
+    count = jax.random.randint(keys[0], (*shape, 1), 1, options.states)
+    order = jnp.argsort(jax.random.uniform(keys[1], (*shape, options.states)), -1)
+    weight = jnp.where(order < count, jax.random.uniform(keys[2], order.shape, minval=1e-3), 0)
+    uniform = jax.random.uniform(keys[3], (2, *shape))
+    problem = Synthetic(
+        transition=weight / jnp.sum(weight, -1, keepdims=True),
+        coefficient=uniform[0] * uniform[1],
+        matrix=jax.random.normal(keys[4], (options.dimension, options.dimension)),
+        discount=jnp.asarray(options.discount, float),
+        temperature=ShannonEntropy(options.temperature).temperature,
+    )
+    problem.mdp(jnp.zeros(options.dimension))  # checks the discount where it is known
+    return problem
+
+
+register("synthetic", SyntheticOptions, synthetic)

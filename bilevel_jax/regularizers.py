@@ -1,0 +1,213 @@
+"""Regularizers Omega of the policy, by their convex conjugates Omega*.
+
+With Q[S, A] the action values, a regularizer gives the state value and the policy that attains it:
+  V[s] = Omega*(Q[s, :]) = max_p <p, Q[s, :]> - Omega(p),   pi[s, :] = grad Omega*(Q[s, :]).
+(Geist, Scherrer and Pietquin 2019, "A theory of regularized Markov decision processes".)
+"""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from bilevel_jax.errors import InputError
+from bilevel_jax.validation import as_float, require_distribution, require_positive
+
+
+class Regularizer(eqx.Module):
+    """The protocol. A temperature or a reference may have batch axes in front, see `mdp.over_batch`."""
+
+    temperature: eqx.AbstractVar[jax.Array]
+
+    @abc.abstractmethod
+    def conjugate(self, q: jax.Array) -> jax.Array:
+        """Omega*(Q): [S, A] -> [S]."""
+
+    @abc.abstractmethod
+    def policy(self, q: jax.Array) -> jax.Array:
+        """grad Omega*(Q): [S, A] -> [S, A], rows sum to 1."""
+
+    @abc.abstractmethod
+    def penalty(self, policy: jax.Array) -> jax.Array:
+        """Omega(pi): [S, A] -> [S]. Zero-probability actions cost nothing."""
+
+    @abc.abstractmethod
+    def event_ndim(self) -> "Regularizer":
+        """The same tree with each array replaced by its number of axes in a single problem."""
+
+    def linearized_policy(self, policy: jax.Array, q: jax.Array, value: jax.Array) -> jax.Array:
+        """`policy` [S, A] itself, with the derivative of the optimal policy at (q, value).
+
+        For an iterate that only approximates the optimum. Here the derivative of grad Omega*(q);
+        entropies use the optimality relation between policy, q and value instead.
+        """
+        optimal = self.policy(q)
+        return stop_gradient(policy) + (optimal - stop_gradient(optimal))
+
+    def validate(self) -> None:
+        """Check values that are known. Raises InputError."""
+        require_positive("temperature", self.temperature)
+
+    def _scaled(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(Q - max Q) / temperature, the maximum [S], and the temperature in q's dtype."""
+        temperature = jnp.asarray(self.temperature, q.dtype)
+        top = stop_gradient(jnp.max(q, -1))
+        return (q - top[..., None]) / temperature, top, temperature
+
+
+class ShannonEntropy(Regularizer):
+    """Omega(p) = temperature * sum_a p log p; Omega* = temperature * logsumexp(Q / temperature).
+
+    Args:
+      temperature: above 0, in units of the reward.
+
+    Raises:
+      InputError: temperature not above 0 (where it is known).
+    """
+
+    temperature: jax.Array
+
+    def __init__(self, temperature: Any):
+        self.temperature = as_float("temperature", temperature)
+        self.validate()
+
+    def conjugate(self, q):
+        scaled, top, temperature = self._scaled(q)
+        return top + temperature * jnp.log(jnp.sum(jnp.exp(scaled), -1))
+
+    def policy(self, q):
+        return jax.nn.softmax(self._scaled(q)[0], -1)
+
+    def penalty(self, policy):
+        temperature = jnp.asarray(self.temperature, policy.dtype)
+        return temperature * jnp.sum(_xlogy(policy, policy), -1)
+
+    def event_ndim(self):
+        return eqx.tree_at(lambda r: r.temperature, self, 0)
+
+    def linearized_policy(self, policy, q, value):
+        """d pi = pi d[(q - value) / temperature], as in Yang, Gao and Yuan 2025."""
+        exponent = (q - value[..., None]) / jnp.asarray(self.temperature, q.dtype)
+        return stop_gradient(policy) * jnp.exp(exponent - stop_gradient(exponent))
+
+
+class KLDivergence(Regularizer):
+    """Omega(p) = temperature * KL(p | reference); Omega* = temperature * log sum ref exp(Q / temperature).
+
+    Args:
+      temperature: above 0, in units of the reward.
+      reference: policy to stay close to, [S, A] or [A] for the same one in every state. An action
+        with probability 0 is never taken.
+
+    Raises:
+      InputError: temperature not above 0, reference negative or not summing to 1 (where known).
+    """
+
+    temperature: jax.Array
+    reference: jax.Array
+
+    def __init__(self, temperature: Any, reference: Any):
+        self.temperature = as_float("temperature", temperature)
+        self.reference = as_float("reference", reference)
+        if self.reference.ndim == 0:
+            raise InputError("reference: expected probabilities of shape [S, A] or [A], got a number")
+        self.validate()
+
+    def validate(self):
+        require_positive("temperature", self.temperature)
+        require_distribution("reference", self.reference, -1, "divide each row by its sum")
+
+    def _shifted(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        # The maximum over actions that the reference allows; others must not set the scale.
+        reference = jnp.asarray(self.reference, q.dtype)
+        temperature = jnp.asarray(self.temperature, q.dtype)
+        top = stop_gradient(jnp.max(jnp.where(reference > 0, q, -jnp.inf), -1))
+        scaled = jnp.where(reference > 0, (q - top[..., None]) / temperature, 0)
+        return scaled, top, temperature, reference
+
+    def conjugate(self, q):
+        scaled, top, temperature, reference = self._shifted(q)
+        # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails.
+        shortfall = jnp.sum(reference * jnp.expm1(scaled), -1)
+        total = jnp.sum(reference * jnp.exp(scaled), -1)
+        near = shortfall > -0.5
+        log_total = jnp.where(
+            near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total))
+        )
+        return top + temperature * log_total
+
+    def policy(self, q):
+        scaled, _, _, reference = self._shifted(q)
+        weight = reference * jnp.exp(scaled)
+        return weight / jnp.sum(weight, -1, keepdims=True)
+
+    def penalty(self, policy):
+        temperature = jnp.asarray(self.temperature, policy.dtype)
+        reference = jnp.asarray(self.reference, policy.dtype)
+        return temperature * jnp.sum(_xlogy(policy, policy) - _xlogy(policy, reference), -1)
+
+    def event_ndim(self):
+        own = min(self.reference.ndim, 2)
+        return eqx.tree_at(lambda r: (r.temperature, r.reference), self, (0, own))
+
+    def linearized_policy(self, policy, q, value):
+        """d pi = pi d[(q - value) / temperature + log reference]."""
+        reference = jnp.asarray(self.reference, q.dtype)
+        log_reference = jnp.log(jnp.where(reference > 0, reference, 1))
+        exponent = (q - value[..., None]) / jnp.asarray(self.temperature, q.dtype) + log_reference
+        return stop_gradient(policy) * jnp.exp(exponent - stop_gradient(exponent))
+
+
+class TsallisEntropy(Regularizer):
+    """Omega(p) = temperature / 2 * (sum_a p^2 - 1): sparse policies (sparsemax).
+
+    Lee, Choi and Oh 2018, "Sparse Markov decision processes with causal sparse Tsallis entropy
+    regularization"; Martins and Astudillo 2016 for sparsemax. The policy is piecewise linear in Q:
+    derivatives are those of the current support.
+
+    Args:
+      temperature: above 0, in units of the reward.
+
+    Raises:
+      InputError: temperature not above 0 (where it is known).
+    """
+
+    temperature: jax.Array
+
+    def __init__(self, temperature: Any):
+        self.temperature = as_float("temperature", temperature)
+        self.validate()
+
+    def conjugate(self, q):
+        _, top, temperature = self._scaled(q)
+        policy = self.policy(q)
+        gain = jnp.sum(policy * jnp.where(policy > 0, q - top[..., None], 0), -1)
+        return top + gain + temperature / 2 * (1 - jnp.sum(policy**2, -1))
+
+    def policy(self, q):
+        scaled, _, _ = self._scaled(q)
+        # z_1 >= z_2 >= ...: the support is the largest k with 1 + k z_k > z_1 + ... + z_k.
+        descending = -jnp.sort(-stop_gradient(scaled), -1)
+        rank = jnp.arange(1, q.shape[-1] + 1, dtype=q.dtype)
+        inside = 1 + rank * descending > jnp.cumsum(descending, -1)
+        size = jnp.sum(inside, -1, keepdims=True)
+        smallest = jnp.take_along_axis(descending, size - 1, -1)
+        support = stop_gradient(scaled) >= smallest
+        count = jnp.sum(support, -1, keepdims=True).astype(q.dtype)
+        threshold = (jnp.sum(jnp.where(support, scaled, 0), -1, keepdims=True) - 1) / count
+        return jnp.where(support, scaled - threshold, 0)
+
+    def penalty(self, policy):
+        return jnp.asarray(self.temperature, policy.dtype) / 2 * (jnp.sum(policy**2, -1) - 1)
+
+    def event_ndim(self):
+        return eqx.tree_at(lambda r: r.temperature, self, 0)
+
+
+def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x log y, 0 where x is 0 (with a finite derivative there)."""
+    taken = x > 0
+    return jnp.where(taken, x * jnp.log(jnp.where(taken, y, 1)), 0)

@@ -1,0 +1,81 @@
+"""Result codes that work inside jit and vmap, and `check`, which turns them into errors."""
+
+import enum
+from typing import NamedTuple, Protocol, TypeVar
+
+import jax
+import numpy as np
+
+from bilevel_jax.errors import ConvergenceError, InputError
+
+
+class Result(enum.IntEnum):
+    """How an iteration ended. Stored as an int32 array, one entry a batch element."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    NOT_FINITE = 2
+    PRECISION_LIMIT = 3
+
+
+MESSAGES = {
+    Result.CONVERGED: "converged",
+    Result.MAX_STEPS: (
+        "the maximum number of steps was reached before the tolerance; raise max_steps, loosen the "
+        "tolerance or choose a faster solver"
+    ),
+    Result.NOT_FINITE: (
+        "a value was not finite; look for NaN or infinity in the reward, the transition, the "
+        "discount, the temperature or the upper variable"
+    ),
+    Result.PRECISION_LIMIT: (
+        "rounding stopped the iteration before the tolerance; loosen the tolerance or use float64 "
+        "(jax.config.update('jax_enable_x64', True))"
+    ),
+}
+
+
+class Outcome(NamedTuple):
+    """One reported iteration: `what` it computed, its codes and its proven error bounds."""
+
+    what: str
+    result: jax.Array
+    error_bound: jax.Array
+
+
+class Reports(Protocol):
+    """Anything that knows the outcomes of the iterations that made it."""
+
+    def outcomes(self) -> tuple[Outcome, ...]: ...
+
+
+R = TypeVar("R", bound=Reports)
+
+
+def check(report: R) -> R:
+    """Return `report` unchanged if every iteration behind it converged; raise otherwise.
+
+    Args:
+      report: a `Solution`, a `Hypergradient` or an algorithm's `Info`, with concrete values (call it
+        outside jit and vmap). Batched reports are checked element by element.
+
+    Raises:
+      ConvergenceError: names what failed, why, how many batch elements and the largest error bound.
+      InputError: if called on traced values.
+    """
+    for outcome in report.outcomes():
+        if isinstance(outcome.result, jax.core.Tracer):
+            raise InputError(
+                "check(report): the report holds traced values; call check outside jit and vmap, or "
+                "read report.result inside"
+            )
+        codes = np.atleast_1d(np.asarray(outcome.result))
+        failed = codes != Result.CONVERGED
+        if failed.any():
+            code = Result(int(codes[failed][0]))
+            bound = float(np.max(np.asarray(outcome.error_bound)))
+            raise ConvergenceError(
+                f"{outcome.what}: {MESSAGES[code]} "
+                f"({int(failed.sum())} of {codes.size} failed, largest error bound {bound:.3g})"
+            )
+    return report

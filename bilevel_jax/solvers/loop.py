@@ -1,0 +1,115 @@
+"""The one iteration loop; a solver is its step. Stops on a proven bound, on rounding or on max_steps."""
+
+import abc
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bilevel_jax.bellman import action_values, sup_norm
+from bilevel_jax.errors import InputError
+from bilevel_jax.mdp import MDP
+from bilevel_jax.regularizers import Regularizer
+from bilevel_jax.results import Result
+
+# A residual of this many units in the last place of |Q| is all that rounding leaves to reach; up to
+# STALL_ULPS the iteration goes on only while the residual falls.
+FLOOR_ULPS = 16
+STALL_ULPS = 1000
+
+
+class SolveStats(eqx.Module):
+    """How a solve went; scalars, one a batch element.
+
+    `steps` counts Bellman sweeps, `residual` is |T V - V|_inf at the last V swept, and `error_bound`
+    bounds |value - V*|_inf by discount / (1 - discount) * residual.
+    """
+
+    steps: jax.Array
+    residual: jax.Array
+    error_bound: jax.Array
+
+
+class Iterate(NamedTuple):
+    """Where a solver stands: V[S], its Q[S, A] and T V [S]."""
+
+    value: jax.Array
+    q: jax.Array
+    backup: jax.Array
+
+
+class Solver(eqx.Module):
+    """The protocol: fields `tolerance` and `max_steps`, and a step.
+
+    `tolerance` is a bound on |V - V*|_inf, in units of the reward; None asks for working precision,
+    i.e. to go on until rounding leaves nothing to gain. `max_steps` counts Bellman sweeps.
+    """
+
+    tolerance: eqx.AbstractVar[Any]
+    max_steps: eqx.AbstractVar[Any]
+
+    def __check_init__(self):
+        if isinstance(self.tolerance, int | float | np.number) and not self.tolerance >= 0:
+            raise InputError(f"tolerance must be at least 0, got {self.tolerance}; None asks for working precision")
+        if isinstance(self.max_steps, int | np.integer) and self.max_steps < 1:
+            raise InputError(f"max_steps must be at least 1, got {self.max_steps}")
+
+    @abc.abstractmethod
+    def step(self, mdp: MDP, regularizer: Regularizer, iterate: Iterate, active: jax.Array) -> jax.Array:
+        """The next V[S]. Where not `active` (finished batch elements) it may be anything."""
+
+
+def iterate(
+    solver: Solver, mdp: MDP, regularizer: Regularizer, value: jax.Array
+) -> tuple[jax.Array, jax.Array, SolveStats]:
+    """Run `solver` from V[S] on one MDP. Returns the last T V, the result code and the stats.
+
+    Every step costs one sweep beside its own work; the last sweep is returned, not thrown away.
+    """
+    modulus = mdp.modulus
+    factor = modulus / (1 - modulus)
+    reward_scale = sup_norm(mdp.reward)
+    ulp = jnp.finfo(value.dtype).eps
+    target = 0 if solver.tolerance is None else jnp.asarray(solver.tolerance, value.dtype)
+
+    def sweep(value):
+        q = action_values(mdp, value)
+        backup = regularizer.conjugate(q)
+        return Iterate(value, q, backup), sup_norm(backup - value), ulp * (reward_scale + sup_norm(backup))
+
+    def finished(residual, previous, ulps):
+        floor = (residual <= FLOOR_ULPS * ulps) | ((residual >= previous) & (residual <= STALL_ULPS * ulps))
+        return (factor * residual <= target) | floor | ~jnp.isfinite(residual)
+
+    def unfinished(carry):
+        _, residual, previous, ulps, steps = carry
+        return ~finished(residual, previous, ulps) & (steps < solver.max_steps)
+
+    def body(carry):
+        current, residual, _, _, steps = carry
+        new, new_residual, ulps = sweep(solver.step(mdp, regularizer, current, unfinished(carry)))
+        return new, new_residual, residual, ulps, steps + 1
+
+    first, residual, ulps = sweep(value)
+    start = (first, residual, jnp.full_like(residual, jnp.inf), ulps, jnp.asarray(1, jnp.int32))
+    last, residual, previous, ulps, steps = lax.while_loop(unfinished, body, start)
+
+    bound = factor * residual
+    reached = bound <= target
+    limit = Result.CONVERGED if solver.tolerance is None else Result.PRECISION_LIMIT
+    result = jnp.where(
+        reached, Result.CONVERGED, jnp.where(finished(residual, previous, ulps), limit, Result.MAX_STEPS)
+    )
+    finite = jnp.all(jnp.isfinite(last.backup)) & jnp.isfinite(bound)
+    result = jnp.where(finite, result, Result.NOT_FINITE).astype(jnp.int32)
+    return last.backup, result, SolveStats(steps, residual, bound)
+
+
+def default_solver() -> "Solver":
+    """Soft policy iteration to working precision."""
+    from bilevel_jax.solvers.policy_iteration import PolicyIteration
+
+    return PolicyIteration()

@@ -1,0 +1,34 @@
+"""Soft policy iteration: Newton's method on V = T V."""
+
+from typing import Any
+
+from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
+from bilevel_jax.bellman import discounted_operator
+from bilevel_jax.solvers.loop import Solver
+
+
+class PolicyIteration(Solver):
+    """V <- V + (I - discount P_pi)^-1 (T V - V), pi the policy at V. Quadratic near V*.
+
+    With an exact linear solver this is policy iteration with regularized evaluation; the form above
+    adds a small correction to V instead of computing V anew, so it keeps its digits.
+
+    Args:
+      tolerance: bound on |V - V*|_inf; None asks for working precision.
+      max_steps: sweeps at most, each but the first with one linear solve.
+      linear_solver: None chooses by the number of states, see `default_linear_solver`.
+
+    Raises:
+      InputError: tolerance below 0 or max_steps below 1.
+    """
+
+    tolerance: Any = None
+    max_steps: Any = 1000
+    linear_solver: LinearSolver | None = None
+
+    def step(self, mdp, regularizer, iterate, active):
+        solver = default_linear_solver(mdp.num_states) if self.linear_solver is None else self.linear_solver
+        operator = discounted_operator(mdp, regularizer.policy(iterate.q))
+        gap = iterate.backup - iterate.value
+        correction, _ = linear_solve(solver, operator, mdp.modulus, gap, active=active)
+        return iterate.value + correction

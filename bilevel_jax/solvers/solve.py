@@ -1,0 +1,120 @@
+"""`solve`: the optimal value, action values and policy of a regularized MDP, differentiable."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
+from bilevel_jax.bellman import backup, check_compatible, discounted_operator, greedy
+from bilevel_jax.errors import InputError
+from bilevel_jax.mdp import MDP, over_batch
+from bilevel_jax.regularizers import Regularizer
+from bilevel_jax.results import Outcome
+from bilevel_jax.solvers.loop import Solver, SolveStats, default_solver, iterate
+
+
+class Solution(eqx.Module):
+    """The solved MDP; batch axes first, as in the MDP.
+
+    `value` V[S], `q` Q[S, A] and `policy` pi[S, A] belong together: q = r + discount P value and policy
+    = grad Omega*(q). `result` is a `Result` code, `stats` the solver's report; `bj.check(solution)`
+    raises where it did not converge.
+    """
+
+    value: jax.Array
+    q: jax.Array
+    policy: jax.Array
+    result: jax.Array
+    stats: SolveStats
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        return (Outcome("solve", self.result, self.stats.error_bound),)
+
+
+def solve(
+    mdp: MDP,
+    regularizer: Regularizer,
+    *,
+    solver: Solver | None = None,
+    adjoint: LinearSolver | None = None,
+    initial_value: jax.Array | None = None,
+) -> Solution:
+    """Solve V = T V and return value, action values and policy.
+
+    Derivatives of any order and mode, in every floating-point leaf of `mdp` and `regularizer`, come
+    from the implicit function theorem at V*: dV* = (I - discount P_pi)^-1 dT(V*). Their cost does not
+    depend on the number of iterations. Where a derivative's linear solve fails it is NaN, since it
+    has no other way to report; `hypergradient` returns that report.
+
+    Args:
+      mdp: the process, with any batch axes (then every field of the result has them).
+      regularizer: with the same batch axes or shared.
+      solver: None is `PolicyIteration()`: to working precision.
+      adjoint: linear solver of the derivatives; None chooses by the number of states.
+      initial_value: V[S] to start from; None is zeros. Not differentiated.
+
+    Returns:
+      `Solution`.
+
+    Raises:
+      InputError: shapes that disagree.
+    """
+    check_compatible(mdp, regularizer)
+    if initial_value is not None:
+        initial_value = jnp.asarray(initial_value, mdp.reward.dtype)
+        expected = mdp.reward.shape[:-1]
+        if initial_value.shape != expected:
+            raise InputError(f"initial_value: expected shape {list(expected)}, got {list(initial_value.shape)}")
+    return _solve(mdp, regularizer, initial_value, solver, adjoint)
+
+
+@jax.jit
+def _solve(mdp, regularizer, initial_value, solver, adjoint):
+    solver = default_solver() if solver is None else solver
+    adjoint = default_linear_solver(mdp.num_states) if adjoint is None else adjoint
+    return _solve_one(mdp, regularizer, initial_value, solver=solver, adjoint=adjoint)
+
+
+@over_batch
+def _solve_one(mdp, regularizer, initial_value, *, solver, adjoint):
+    start = jnp.zeros_like(mdp.reward[:, 0]) if initial_value is None else lax.stop_gradient(initial_value)
+    numbers = jax.tree.map(jnp.asarray, (solver, adjoint))
+    value, result, stats = _fixed_point(*numbers, mdp, regularizer, start)
+    return Solution(value, *greedy(mdp, regularizer, value), result, stats)
+
+
+@jax.custom_jvp
+def _fixed_point(solver, adjoint, mdp, regularizer, start):
+    del adjoint
+    return iterate(solver, mdp, regularizer, start)
+
+
+@_fixed_point.defjvp
+def _fixed_point_jvp(primals, tangents):
+    solver, adjoint, mdp, regularizer, start = primals
+    _, _, mdp_dot, regularizer_dot, _ = tangents
+    # Called again, not closed over: a further derivative meets the same rule.
+    value, result, stats = _fixed_point(solver, adjoint, mdp, regularizer, start)
+    _, backup_dot = jax.jvp(lambda m, r: backup(m, r, value), (mdp, regularizer), (mdp_dot, regularizer_dot))
+    _, policy = greedy(mdp, regularizer, value)
+    operator = discounted_operator(mdp, policy)
+    value_dot, _ = linear_solve(adjoint, operator, mdp.modulus, backup_dot, poison=True)
+    return (value, result, stats), (value_dot, *_zero_tangents((result, stats)))
+
+
+def _zero_tangents(tree):
+    def zero(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
+
+
+def read_out(
+    mdp: MDP, regularizer: Regularizer, value: jax.Array, result: jax.Array, stats: SolveStats
+) -> Solution:
+    """The `Solution` that V[S] implies, as a differentiable function of V and the problem's leaves."""
+    q, policy = over_batch(greedy)(mdp, regularizer, value)
+    return Solution(value, q, policy, result, stats)

@@ -42,9 +42,9 @@ class LinearStats(eqx.Module):
 class LinearSolver(eqx.Module):
     """The protocol: `prepare` once an operator, `solve` for each right-hand side."""
 
-    def prepare(self, operator: StateOperator, active: jax.Array) -> Any:
-        """What solves with M and with M' share, e.g. a factorization. May be skipped where not active."""
-        del operator, active
+    def prepare(self, operator: StateOperator) -> Any:
+        """What solves with M and with M' share, e.g. a factorization."""
+        del operator
 
     @abc.abstractmethod
     def solve(
@@ -53,7 +53,6 @@ class LinearSolver(eqx.Module):
         prepared: Any,
         rhs: jax.Array,
         guess: jax.Array,
-        active: jax.Array,
         transpose: bool,
     ) -> tuple[jax.Array, jax.Array]:
         """x[S] with (I - M) x = rhs, or (I - M') x = rhs if transpose, and the number of steps taken."""
@@ -71,33 +70,25 @@ def residual_of(system: StateOperator, x: jax.Array, rhs: jax.Array) -> jax.Arra
 class Direct(LinearSolver):
     """LU factorization of the S x S matrix, shared by all solves with it: O(S^3) time, O(S^2) memory."""
 
-    def prepare(self, operator, active):
-        matrix = operator.matrix()
-        return _factorize(jnp.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix, active)
+    def prepare(self, operator):
+        return _factorize(operator)
 
-    def solve(self, operator, prepared, rhs, guess, active, transpose):
+    def solve(self, operator, prepared, rhs, guess, transpose):
         del operator, guess
-        substitute = _substitute_transpose if transpose else _substitute
-        return substitute(prepared, rhs, active), jnp.asarray(1)
+        return (_substitute_transpose if transpose else _substitute)(prepared, rhs), jnp.asarray(1)
 
     def relative_tolerance(self, dtype):
         return float(jnp.finfo(dtype).eps) ** 0.5
 
 
 @one_at_a_time_on_cpu
-def _factorize(matrix, active):
-    order = jnp.arange(matrix.shape[-1], dtype=jnp.int32)
-    return lax.cond(active, lu_factor, lambda m: (m, order), matrix)
+def _factorize(operator):
+    matrix = operator.matrix()
+    return lu_factor(jnp.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix)
 
 
-@one_at_a_time_on_cpu
-def _substitute(factors, rhs, active):
-    return lax.cond(active, lambda b: lu_solve(factors, b), lambda b: b, rhs)
-
-
-@one_at_a_time_on_cpu
-def _substitute_transpose(factors, rhs, active):
-    return lax.cond(active, lambda b: lu_solve(factors, b, trans=1), lambda b: b, rhs)
+_substitute = one_at_a_time_on_cpu(lambda factors, rhs: lu_solve(factors, rhs))
+_substitute_transpose = one_at_a_time_on_cpu(lambda factors, rhs: lu_solve(factors, rhs, trans=1))
 
 
 class GMRES(LinearSolver):
@@ -125,13 +116,13 @@ class GMRES(LinearSolver):
             return 1e-10 if dtype == jnp.float64 else 1e-5
         return self.tolerance
 
-    def solve(self, operator, prepared, rhs, guess, active, transpose):
+    def solve(self, operator, prepared, rhs, guess, transpose):
         del prepared
-        return _restarted_gmres(self, operator.T if transpose else operator, rhs, guess, active)
+        return _restarted_gmres(self, operator.T if transpose else operator, rhs, guess)
 
 
 @one_at_a_time_on_cpu
-def _restarted_gmres(solver, system, rhs, guess, active):
+def _restarted_gmres(solver, system, rhs, guess):
     target = jnp.asarray(solver.relative_tolerance(rhs.dtype), rhs.dtype) * jnp.linalg.norm(rhs)
 
     def cycle(carry):
@@ -152,7 +143,7 @@ def _restarted_gmres(solver, system, rhs, guess, active):
 
     def unfinished(carry):
         _, gap, gained, cycles = carry
-        return active & gained & (jnp.linalg.norm(gap) > target) & (cycles < solver.max_cycles)
+        return gained & (jnp.linalg.norm(gap) > target) & (cycles < solver.max_cycles)
 
     start = (guess, residual_of(system, guess, rhs), jnp.asarray(True), jnp.asarray(0))
     x, _, _, cycles = lax.while_loop(unfinished, cycle, start)
@@ -175,8 +166,8 @@ class Neumann(LinearSolver):
         del dtype
         return jnp.inf
 
-    def solve(self, operator, prepared, rhs, guess, active, transpose):
-        del prepared, guess, active
+    def solve(self, operator, prepared, rhs, guess, transpose):
+        del prepared, guess
         system = operator.T if transpose else operator
         return lax.fori_loop(0, self.terms, lambda _, x: rhs + system.apply(x), rhs), jnp.asarray(self.terms)
 
@@ -199,8 +190,8 @@ class Descent(LinearSolver):
         del dtype
         return jnp.inf
 
-    def solve(self, operator, prepared, rhs, guess, active, transpose):
-        del prepared, active
+    def solve(self, operator, prepared, rhs, guess, transpose):
+        del prepared
         system = operator.T if transpose else operator
         step_size = jnp.asarray(self.step_size, rhs.dtype)
 
@@ -224,7 +215,6 @@ def linear_solve(
     *,
     transpose: bool = False,
     guess: jax.Array | None = None,
-    active: jax.Array | bool = True,
     poison: bool = False,
 ) -> tuple[jax.Array, LinearStats]:
     """Solve (I - M) x = rhs, or (I - M') x = rhs, for an operator M with |M|_inf <= modulus < 1.
@@ -234,7 +224,6 @@ def linear_solve(
       operator, rhs: M and b[S]; differentiable, in forward and reverse mode and repeatedly.
       transpose: solve with the transpose.
       guess: start of an iterative solver, [S]; zeros if None. Not differentiated.
-      active: where False the solve may be skipped and x is meaningless.
       poison: return NaN in x, and in the hidden solves of derivatives, where a solve did not
         converge. For solves whose stats nobody sees.
 
@@ -242,14 +231,13 @@ def linear_solve(
       x[S] and `LinearStats`.
     """
     frozen, frozen_solver, modulus = lax.stop_gradient((operator, jax.tree.map(jnp.asarray, solver), modulus))
-    active = jnp.asarray(active)
-    prepared = frozen_solver.prepare(frozen, active)
+    prepared = frozen_solver.prepare(frozen)
     start = jnp.zeros_like(rhs) if guess is None else lax.stop_gradient(guess)
 
     def solve(_, b, flip=transpose):
         # The guess belongs to this side; the other side's solves, in derivatives, start from zero.
         first = start if flip == transpose else jnp.zeros_like(b)
-        x, steps = frozen_solver.solve(frozen, prepared, b, first, active, flip)
+        x, steps = frozen_solver.solve(frozen, prepared, b, first, flip)
         stats = _stats(frozen_solver, frozen.T if flip else frozen, modulus, x, b, steps, flip)
         return (jnp.where(stats.result == Result.CONVERGED, x, jnp.nan) if poison else x), stats
 

@@ -1,7 +1,7 @@
 """The one iteration loop; a solver is its step. Stops on a proven bound, on rounding or on max_steps."""
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -46,7 +46,11 @@ class Solver(eqx.Module):
 
     `tolerance` is a bound on |V - V*|_inf, in units of the reward; None asks for working precision,
     i.e. to go on until rounding leaves nothing to gain. `max_steps` counts Bellman sweeps.
+    `batched_on_cpu`: whether vmap on a CPU advances all elements together. Steps that are linear
+    solves run one after another there anyway; then whole solves do, each ending at its own time.
     """
+
+    batched_on_cpu: ClassVar[bool] = True
 
     tolerance: eqx.AbstractVar[Any]
     max_steps: eqx.AbstractVar[Any]
@@ -58,8 +62,8 @@ class Solver(eqx.Module):
             raise InputError(f"max_steps must be at least 1, got {self.max_steps}")
 
     @abc.abstractmethod
-    def step(self, mdp: MDP, regularizer: Regularizer, iterate: Iterate, active: jax.Array) -> jax.Array:
-        """The next V[S]. Where not `active` (finished batch elements) it may be anything."""
+    def step(self, mdp: MDP, regularizer: Regularizer, iterate: Iterate) -> jax.Array:
+        """The next V[S]."""
 
 
 def iterate(
@@ -90,7 +94,7 @@ def iterate(
 
     def body(carry):
         current, residual, _, _, steps = carry
-        new, new_residual, ulps = sweep(solver.step(mdp, regularizer, current, unfinished(carry)))
+        new, new_residual, ulps = sweep(solver.step(mdp, regularizer, current))
         return new, new_residual, residual, ulps, steps + 1
 
     first, residual, ulps = sweep(value)

@@ -1,6 +1,6 @@
 """Soft policy iteration: Newton's method on V = T V."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
 from bilevel_jax.bellman import discounted_operator
@@ -25,10 +25,11 @@ class PolicyIteration(Solver):
     tolerance: Any = None
     max_steps: Any = 1000
     linear_solver: LinearSolver | None = None
+    batched_on_cpu: ClassVar[bool] = False
 
-    def step(self, mdp, regularizer, iterate, active):
+    def step(self, mdp, regularizer, iterate):
         solver = default_linear_solver(mdp.num_states) if self.linear_solver is None else self.linear_solver
         operator = discounted_operator(mdp, regularizer.policy(iterate.q))
         gap = iterate.backup - iterate.value
-        correction, _ = linear_solve(solver, operator, mdp.modulus, gap, active=active)
+        correction, _ = linear_solve(solver, operator, mdp.modulus, gap)
         return iterate.value + correction

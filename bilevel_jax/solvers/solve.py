@@ -7,6 +7,7 @@ import numpy as np
 from jax import lax
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
+from bilevel_jax.batching import one_at_a_time_on_cpu
 from bilevel_jax.bellman import backup, check_compatible, discounted_operator, greedy
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP, over_batch
@@ -88,7 +89,11 @@ def _solve_one(mdp, regularizer, initial_value, *, solver, adjoint):
 @jax.custom_jvp
 def _fixed_point(solver, adjoint, mdp, regularizer, start):
     del adjoint
-    return iterate(solver, mdp, regularizer, start)
+    run = iterate if solver.batched_on_cpu else _iterate_one_at_a_time
+    return run(solver, mdp, regularizer, start)
+
+
+_iterate_one_at_a_time = one_at_a_time_on_cpu(iterate)
 
 
 @_fixed_point.defjvp

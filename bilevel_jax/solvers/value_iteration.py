@@ -19,6 +19,6 @@ class ValueIteration(Solver):
     tolerance: Any = None
     max_steps: Any = 100_000
 
-    def step(self, mdp, regularizer, iterate, active):
-        del mdp, regularizer, active
+    def step(self, mdp, regularizer, iterate):
+        del mdp, regularizer
         return iterate.backup

@@ -134,9 +134,7 @@ class KLDivergence(Regularizer):
         shortfall = jnp.sum(reference * jnp.expm1(scaled), -1)
         total = jnp.sum(reference * jnp.exp(scaled), -1)
         near = shortfall > -0.5
-        log_total = jnp.where(
-            near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total))
-        )
+        log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
         return top + temperature * log_total
 
     def policy(self, q):

@@ -127,9 +127,7 @@ class FourRooms(eqx.Module):
         """The agent's dynamics in each context with a reward [C, S, A] or [C, S, 1]."""
         shape = (*self.at_goal.shape, self.transition.shape[-1])
         discount = jnp.where(self.at_goal, 0, self.discount)[..., None]
-        return MDP(
-            self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(discount, shape), self.initial
-        )
+        return MDP(self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(discount, shape), self.initial)
 
 
 def _dynamics(grid: Grid, slip: jax.Array | float, kind: str) -> Transition:

@@ -20,8 +20,10 @@ class Grid(NamedTuple):
         """The state index of a cell. Raises InputError for a wall or a place outside the map."""
         match = np.flatnonzero((self.cells == np.asarray(cell)).all(-1))
         if match.size != 1:
-            raise InputError(f"{name}: {tuple(cell)} is no free cell of the {self.walls.shape[0]} x "
-                             f"{self.walls.shape[1]} map (rows and columns count from 0)")
+            raise InputError(
+                f"{name}: {tuple(cell)} is no free cell of the {self.walls.shape[0]} x "
+                f"{self.walls.shape[1]} map (rows and columns count from 0)"
+            )
         return int(match[0])
 
     def moves(self) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from bilevel_jax.errors import InputError
@@ -73,7 +73,16 @@ def make(name: str, **options: Any) -> Any:
     return found.build(found.options(**options))
 
 
-def nearest(word: str, known: Any) -> str:
-    """', did you mean X?' or nothing."""
-    match = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f", did you mean {match[0]!r}?" if match else ""
+def nearest(word: str, known: Iterable[str]) -> str:
+    """', did you mean X?', X the most similar of the known words or one that `word` abbreviates."""
+
+    def abbreviates(candidate: str) -> bool:
+        letters = iter(candidate)
+        return all(letter in letters for letter in word)
+
+    def likeness(candidate: str) -> tuple[bool, bool, float]:
+        ratio = difflib.SequenceMatcher(None, word, candidate).ratio()
+        return ratio > 0.6, abbreviates(candidate), ratio
+
+    match = max(known, key=likeness, default=None)
+    return f", did you mean {match!r}?" if match else ""

@@ -117,9 +117,7 @@ def _zero_tangents(tree):
     return jax.tree.map(zero, tree)
 
 
-def read_out(
-    mdp: MDP, regularizer: Regularizer, value: jax.Array, result: jax.Array, stats: SolveStats
-) -> Solution:
+def read_out(mdp: MDP, regularizer: Regularizer, value: jax.Array, result: jax.Array, stats: SolveStats) -> Solution:
     """The `Solution` that V[S] implies, as a differentiable function of V and the problem's leaves."""
     q, policy = over_batch(greedy)(mdp, regularizer, value)
     return Solution(value, q, policy, result, stats)

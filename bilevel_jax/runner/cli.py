@@ -1,0 +1,94 @@
+"""The command line: bilevel-jax run | list | plot."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bilevel_jax.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+    except InputError as error:
+        print(f"bilevel-jax: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"bilevel-jax: error: {error.name} is not installed; pip install 'bilevel_jax[cli]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("bilevel-jax: interrupted; finished runs are in the directory", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="bilevel-jax", description="Bilevel reinforcement learning experiments.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    run = commands.add_parser("run", help="run a config", description="Run a YAML config; see configs/.")
+    run.add_argument("config", help="path of a YAML config")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.learning_rate=0.1")
+    run.add_argument("--out", type=Path, help="directory of the results; default runs/NAME-TIME")
+    run.set_defaults(command=_run)
+    listing = commands.add_parser("list", help="problems, algorithms and their options")
+    listing.set_defaults(command=_list)
+    plot = commands.add_parser("plot", help="draw the pictures of a finished run again")
+    plot.add_argument("directory", type=Path, metavar="DIR", help="what --out was")
+    plot.set_defaults(command=_plot)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> None:
+    from bilevel_jax.runner.config import load
+    from bilevel_jax.runner.plots import plot
+    from bilevel_jax.runner.run import run
+
+    config = load(options.config, options.overrides)
+    directory = options.out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    summary = run(config, directory)
+    plot(directory)
+    value = summary["final_value"]
+    print(
+        f"{config.name}: {summary['runs']} runs in {summary['seconds']:.1f} s "
+        f"(compile {summary['compile_seconds']:.1f} s), "
+        f"best final objective {'none' if value is None else format(value, '.6g')}"
+    )
+    for path in sorted(directory.iterdir()):
+        print(f"  {path}")
+
+
+def _list(options: argparse.Namespace) -> None:
+    del options
+    from bilevel_jax.problems import names, spec
+    from bilevel_jax.runner.schema import SECTIONS
+
+    print("problems (section `problem`)")
+    for name in names():
+        _describe(name, spec(name).summary, spec(name).options)
+    for place, choices in SECTIONS.items():
+        print(f"\nsection `{place}`")
+        for kind in choices:
+            _describe(kind().name, (kind.__doc__ or "").strip().splitlines()[0], kind)
+
+
+def _describe(name: str, summary: str, kind: type) -> None:
+    print(f"  {name}: {summary}")
+    for field in dataclasses.fields(kind):
+        if field.name != "name" and field.default is not dataclasses.MISSING:
+            print(f"      {field.name} = {field.default}")
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from bilevel_jax.runner.plots import plot
+
+    for path in plot(options.directory):
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -127,7 +127,7 @@ def _broadcast(name: str, array: jax.Array, batch: tuple[int, ...], event: tuple
     )
 
 
-def over_batch(function: Callable) -> Callable:
+def over_batch(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make `function(mdp, regularizer, *arrays, **shared)`, written for one MDP, take batch axes.
 
     Leaves of `mdp` and `regularizer` are mapped where they have the batch axes and shared where they

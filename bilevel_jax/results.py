@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from bilevel_jax.errors import ConvergenceError, InputError
 
@@ -64,7 +65,7 @@ def check(report: R) -> R:
       InputError: if called on traced values.
     """
     for outcome in report.outcomes():
-        if isinstance(outcome.result, jax.core.Tracer):
+        if isinstance(outcome.result, Tracer):
             raise InputError(
                 "check(report): the report holds traced values; call check outside jit and vmap, or "
                 "read report.result inside"

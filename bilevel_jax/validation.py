@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from bilevel_jax.errors import InputError
 
 
 def is_known(*arrays: Any) -> bool:
     """Whether every array holds concrete numbers, so that its values can be checked."""
-    return all(isinstance(a, jax.Array | np.ndarray) and not isinstance(a, jax.core.Tracer) for a in arrays)
+    return all(isinstance(a, jax.Array | np.ndarray) and not isinstance(a, Tracer) for a in arrays)
 
 
 def as_float(name: str, value: Any, dtype: Any = None) -> jax.Array:

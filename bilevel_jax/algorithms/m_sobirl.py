@@ -12,7 +12,7 @@ from bilevel_jax.bellman import greedy
 from bilevel_jax.hypergradient import Problem, implicit_gradient, lower_level
 from bilevel_jax.mdp import over_batch
 from bilevel_jax.results import Outcome, Result
-from bilevel_jax.solvers import Solution, Solver, SolveStats, ValueIteration, solve
+from bilevel_jax.solvers import Solution, Solver, SolveStats, ValueIteration, read_out, solve
 
 
 class MSoBiRLState(eqx.Module):
@@ -128,7 +128,7 @@ def _init(algorithm, x, value, policy, adjoint):
         unknown = jnp.full(mdp.batch_shape, jnp.inf, value.dtype)
         result = jnp.full(mdp.batch_shape, Result.MAX_STEPS, jnp.int32)
         stats = SolveStats(jnp.zeros_like(result), unknown, unknown)
-        solution = Solution(value, *over_batch(greedy)(mdp, regularizer, value), result, stats)
+        solution = read_out(mdp, regularizer, value, result, stats)
     if policy is not None:
         solution = eqx.tree_at(lambda s: s.policy, solution, policy)
     w = jnp.zeros_like(solution.value) if adjoint is None else adjoint

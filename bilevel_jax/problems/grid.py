@@ -31,7 +31,7 @@ class Grid(NamedTuple):
         index = np.full(self.walls.shape, -1)
         index[tuple(self.cells.T)] = np.arange(len(self.cells))
         target = self.cells[:, None] + MOVES
-        inside = ((target >= 0) & (target < self.walls.shape)).all(-1)
+        inside = ((target >= 0) & (target < np.array(self.walls.shape))).all(-1)
         row, column = np.moveaxis(np.where(inside[..., None], target, 0), -1, 0)
         destination = np.where(inside, index[row, column], -1)
         return np.where(destination >= 0, destination, np.arange(len(self.cells))[:, None])
@@ -42,7 +42,7 @@ def parse_map(text: str) -> Grid:
     rows = text.strip("\n").split("\n")
     if len({len(row) for row in rows}) != 1:
         raise InputError(f"map: rows have lengths {sorted({len(row) for row in rows})}; pad them to one length")
-    walls = np.array([[character == "x" for character in row] for row in rows])
+    walls = np.array([list(row) for row in rows]) == "x"
     if walls.all():
         raise InputError("map: it has walls only; leave at least one cell that is not 'x'")
     return Grid(walls, np.argwhere(~walls))

@@ -78,7 +78,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     def abbreviates(candidate: str) -> bool:
         letters = iter(candidate)
-        return all(letter in letters for letter in word)
+        return candidate[:1] == word[:1] and all(letter in letters for letter in word)
 
     def likeness(candidate: str) -> tuple[bool, bool, float]:
         ratio = difflib.SequenceMatcher(None, word, candidate).ratio()

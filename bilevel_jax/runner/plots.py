@@ -10,6 +10,8 @@ import jax
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from bilevel_jax.errors import InputError
@@ -104,13 +106,13 @@ def incentive(problem: Any, x: np.ndarray, policy: np.ndarray, value: float) -> 
     panels = np.atleast_1d(figure.subplots(1, len(policies)))
     colors = mpl.colormaps["Reds_r" if heat.min() < 0 else "Greens"].with_extremes(bad="#3a3f47")
     low, high = (heat.min(), 0) if heat.min() < 0 else (0, max(heat.max(), 1e-12))
-    image = None
     for context, (panel, one) in enumerate(zip(panels, policies, strict=True)):
-        image = panel.imshow(field, cmap=colors, vmin=low, vmax=high)
+        panel.imshow(field, cmap=colors, vmin=low, vmax=high)
         _draw_policy(panel, grid, one)
         _mark(panel, grid, problem, context)
         panel.set(xticks=[], yticks=[], title=f"context {context + 1}" if len(policies) > 1 else "")
-    figure.colorbar(image, ax=list(panels), shrink=0.85, label="incentive")
+    scale = ScalarMappable(Normalize(low, high), colors)
+    figure.colorbar(scale, ax=list(panels), shrink=0.85, label="incentive")
     figure.suptitle(f"incentive and the agent's policy, objective {value:.3f}", fontsize=11)
     return figure
 

@@ -106,7 +106,7 @@ def _final_rows(chunk: Chunk, final: Final, iteration: int) -> list[list[Any]]:
     exact = final.hypergradient
     norms = _gradient_norms(exact.gradient)
 
-    def worst(column: np.ndarray, i: int) -> Any:
+    def worst(column: Any, i: int) -> Any:
         return np.max(column[i]).item()
 
     return [
@@ -162,7 +162,11 @@ def _write_results(
             table = csv.DictWriter(file, ["run", *records[0]])
             table.writeheader()
             table.writerows({"run": i, **record} for i, record in enumerate(records))
-        np.savez(directory / "final.npz", **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0]})
+        np.savez(
+            directory / "final.npz",
+            allow_pickle=False,
+            **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0]},
+        )
     finite = [i for i, record in enumerate(records) if np.isfinite(record["final_value"])]
     best = min(finite, key=lambda i: records[i]["final_value"], default=None)
     summary = {

@@ -31,12 +31,12 @@ class Progress(NamedTuple):
 class Record(NamedTuple):
     """One row of the metrics, at the start of an iteration; one array entry a run."""
 
-    objective: jax.Array
-    gradient_norm: jax.Array
-    lower_result: jax.Array
-    lower_error_bound: jax.Array
-    adjoint_result: jax.Array
-    adjoint_error_bound: jax.Array
+    objective: Any
+    gradient_norm: Any
+    lower_result: Any
+    lower_error_bound: Any
+    adjoint_result: Any
+    adjoint_error_bound: Any
 
     @classmethod
     def of(cls, info: Any) -> "Record":
@@ -99,7 +99,7 @@ class Program:
         self._optimizer = _optimizer(config.at(config.grid[0])["optimizer"])
         self.start = jax.jit(jax.vmap(self._start))
         self.finish = jax.jit(jax.vmap(self._finish))
-        self.advance: Callable[[Numbers, Progress, int], tuple[Progress, Record]] = jax.jit(
+        self.advance: Callable[[Numbers, Progress, Any], tuple[Progress, Record]] = jax.jit(
             jax.vmap(self._advance, in_axes=(0, 0, None))
         )
 
@@ -156,7 +156,8 @@ class Program:
     def _start(self, numbers: Numbers) -> Progress:
         values, algorithm = self._algorithm(numbers)
         key = jax.random.key(numbers["seed"])
-        state = algorithm.init(key, algorithm.problem.start(key))
+        problem: Any = algorithm.problem
+        state = algorithm.init(key, problem.start(key))
         hyperparams = jax.tree.map(
             lambda old, new: jnp.asarray(new, old.dtype),
             state.optimizer_state.hyperparams,

@@ -1,0 +1,136 @@
+"""Random problems, independent references in plain numpy, and finite differences."""
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from scipy.special import logsumexp, softmax
+
+import bilevel_jax as bj
+
+STATES, ACTIONS, SLOTS = 6, 3, 4
+KINDS = ("shannon", "kl", "tsallis")
+LAYOUTS = ("dense", "successor")
+
+
+class Process(NamedTuple):
+    """One random process, by successors [K, S, A] and, of the same numbers, dense P [S, A, S]."""
+
+    successor: np.ndarray
+    probability: np.ndarray
+    dense: np.ndarray
+    reward: np.ndarray
+    initial: np.ndarray
+    reference: np.ndarray
+
+
+def random_process(seed: int, states: int = STATES, actions: int = ACTIONS, slots: int = SLOTS) -> Process:
+    rng = np.random.default_rng(seed)
+    successor = rng.integers(states, size=(slots, states, actions), dtype=np.int32)
+    successor[1, 0] = successor[0, 0]  # at least these stand in two slots
+    probability = normalize(rng.uniform(0.1, 1, successor.shape), 0)
+    return Process(
+        successor,
+        probability,
+        densify(successor, probability),
+        rng.normal(size=(states, actions)),
+        rng.dirichlet(np.ones(states)),
+        rng.dirichlet(2 * np.ones(actions), states),
+    )
+
+
+def normalize(weights: np.ndarray, axis: int) -> np.ndarray:
+    return weights / weights.sum(axis, keepdims=True)
+
+
+def densify(successor: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """P[S, A, S] by brute force."""
+    slots, states, actions = successor.shape
+    dense = np.zeros((states, actions, states))
+    for k, s, a in itertools.product(range(slots), range(states), range(actions)):
+        dense[s, a, successor[k, s, a]] += probability[k, s, a]
+    return dense
+
+
+def transition(process: Process, layout: str) -> bj.Transition:
+    if layout == "dense":
+        return bj.DenseTransition(process.dense)
+    return bj.SuccessorTransition(process.successor, process.probability)
+
+
+def make_mdp(process: Process, discount=0.8, layout: str = "dense") -> bj.MDP:
+    return bj.MDP(transition(process, layout), process.reward, discount, process.initial)
+
+
+def make_regularizer(kind: str, temperature, reference) -> bj.Regularizer:
+    match kind:
+        case "shannon":
+            return bj.ShannonEntropy(temperature)
+        case "kl":
+            return bj.KLDivergence(temperature, reference)
+        case _:
+            return bj.TsallisEntropy(temperature)
+
+
+def conjugate_numpy(kind: str, q: np.ndarray, temperature: float, reference: np.ndarray):
+    """(Omega*(q) [S], policy [S, A]) from scipy's logsumexp, or by trying every support (Tsallis)."""
+    if kind == "shannon":
+        return temperature * logsumexp(q / temperature, -1), softmax(q / temperature, -1)
+    if kind == "kl":
+        value = temperature * logsumexp(q / temperature, -1, b=reference)
+        with np.errstate(divide="ignore"):
+            return value, softmax(q / temperature + np.log(reference), -1)
+    return _sparsemax(q, temperature)
+
+
+def _sparsemax(q, temperature):
+    top = q.max(-1, keepdims=True)
+    q = q - top  # for the digits of q / temperature
+    best, policy = np.full(q.shape[:-1], -np.inf), np.zeros_like(q)
+    actions = q.shape[-1]
+    for support in itertools.product([False, True], repeat=actions):
+        if not any(support):
+            continue
+        on = np.array(support)
+        threshold = (q[..., on].sum(-1, keepdims=True) / temperature - 1) / on.sum()
+        p = np.where(on, q / temperature - threshold, 0)
+        value = (p * q).sum(-1) - temperature / 2 * ((p**2).sum(-1) - 1)
+        better = (p >= 0).all(-1) & (value > best)
+        best, policy = np.where(better, value, best), np.where(better[..., None], p, policy)
+    return best + top[..., 0], policy
+
+
+def solve_numpy(kind, dense, reward, discount, temperature, reference, sweeps: int = 20_000):
+    """(V, Q, pi) by value iteration: `sweeps` sweeps, or until they change nothing."""
+    value = np.zeros(len(reward))
+    for _ in range(sweeps):
+        new = conjugate_numpy(kind, reward + discount * (dense @ value), temperature, reference)[0]
+        if np.array_equal(new, value):
+            break
+        value = new
+    q = reward + discount * (dense @ value)
+    return value, q, conjugate_numpy(kind, q, temperature, reference)[1]
+
+
+def central_difference(function: Callable, x, direction, step: float = 1e-3):
+    """Directional derivative of a pytree-valued function at a pytree, fourth order in the step."""
+    flat, unravel = ravel_pytree(x)
+    along = ravel_pytree(direction)[0]
+
+    def at(t):
+        return ravel_pytree(function(unravel(flat + t * along)))[0]
+
+    return np.asarray((8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step))
+
+
+def random_like(seed: int, tree):
+    """A standard normal pytree of the same shapes."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: np.asarray(rng.normal(size=np.shape(leaf))), tree)
+
+
+def flat(tree) -> np.ndarray:
+    return np.asarray(ravel_pytree(tree)[0])

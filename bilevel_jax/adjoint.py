@@ -55,7 +55,10 @@ class LinearSolver(eqx.Module):
         guess: jax.Array,
         transpose: bool,
     ) -> tuple[jax.Array, jax.Array]:
-        """x[S] with (I - M) x = rhs, or (I - M') x = rhs if transpose, and the number of steps taken."""
+        """x[S] with (I - M) x = rhs, or (I - M') x = rhs if transpose, and the number of steps taken.
+
+        `prepared` is what `prepare` returned, or None if it was not called.
+        """
 
     @abc.abstractmethod
     def relative_tolerance(self, dtype: Any) -> Any:
@@ -74,21 +77,27 @@ class Direct(LinearSolver):
         return _factorize(operator)
 
     def solve(self, operator, prepared, rhs, guess, transpose):
-        del operator, guess
-        return (_substitute_transpose if transpose else _substitute)(prepared, rhs), jnp.asarray(1)
+        del guess
+        if prepared is None:
+            x = _solve_transpose(operator, rhs) if transpose else _solve(operator, rhs)
+        else:
+            x = _substitute_transpose(prepared, rhs) if transpose else _substitute(prepared, rhs)
+        return x, jnp.asarray(1)
 
     def relative_tolerance(self, dtype):
         return float(jnp.finfo(dtype).eps) ** 0.5
 
 
-@one_at_a_time_on_cpu
-def _factorize(operator):
+def _lu(operator):
     matrix = operator.matrix()
     return lu_factor(jnp.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix)
 
 
+_factorize = one_at_a_time_on_cpu(_lu)
 _substitute = one_at_a_time_on_cpu(lambda factors, rhs: lu_solve(factors, rhs))
 _substitute_transpose = one_at_a_time_on_cpu(lambda factors, rhs: lu_solve(factors, rhs, trans=1))
+_solve = one_at_a_time_on_cpu(lambda operator, rhs: lu_solve(_lu(operator), rhs))
+_solve_transpose = one_at_a_time_on_cpu(lambda operator, rhs: lu_solve(_lu(operator), rhs, trans=1))
 
 
 class GMRES(LinearSolver):
@@ -215,15 +224,18 @@ def linear_solve(
     *,
     transpose: bool = False,
     guess: jax.Array | None = None,
+    share: bool = True,
     poison: bool = False,
 ) -> tuple[jax.Array, LinearStats]:
     """Solve (I - M) x = rhs, or (I - M') x = rhs, for an operator M with |M|_inf <= modulus < 1.
 
     Args:
-      solver: a `LinearSolver`; its `prepare` runs once for this solve and for its derivatives.
+      solver: a `LinearSolver`.
       operator, rhs: M and b[S]; differentiable, in forward and reverse mode and repeatedly.
       transpose: solve with the transpose.
       guess: start of an iterative solver, [S]; zeros if None. Not differentiated.
+      share: prepare once for this solve and its derivatives. False prepares anew in each, which is
+        cheaper where no derivative follows: nothing has to be kept.
       poison: return NaN in x, and in the hidden solves of derivatives, where a solve did not
         converge. For solves whose stats nobody sees.
 
@@ -231,7 +243,7 @@ def linear_solve(
       x[S] and `LinearStats`.
     """
     frozen, frozen_solver, modulus = lax.stop_gradient((operator, jax.tree.map(jnp.asarray, solver), modulus))
-    prepared = frozen_solver.prepare(frozen)
+    prepared = frozen_solver.prepare(frozen) if share else None
     start = jnp.zeros_like(rhs) if guess is None else lax.stop_gradient(guess)
 
     def solve(_, b, flip=transpose):

@@ -215,7 +215,7 @@ def implicit_gradient(
 def _solve_adjoint(mdp, regularizer, policy, cotangent, guess, *, solver):
     del regularizer
     operator = discounted_operator(mdp, policy)
-    return linear_solve(solver, operator, mdp.modulus, cotangent, transpose=True, guess=guess)
+    return linear_solve(solver, operator, mdp.modulus, cotangent, transpose=True, guess=guess, share=False)
 
 
 def _as_floats(x: Any) -> Any:

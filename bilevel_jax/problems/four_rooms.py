@@ -14,10 +14,10 @@ import numpy as np
 from bilevel_jax.adjoint import policy_value
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.grid import Grid, parse_map
+from bilevel_jax.problems.grid import Grid, dynamics, parse_map
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
-from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
+from bilevel_jax.transitions import Transition
 
 MAP = """
 xxxxxxxxxxxxx
@@ -82,7 +82,7 @@ class FourRooms(eqx.Module):
     def __init__(self, options: FourRoomsOptions):
         grid = self.grid
         states = len(grid.cells)
-        self.transition = _dynamics(grid, options.slip, options.transition)
+        self.transition = dynamics(grid, options.slip, options.transition)
         self.temperature = ShannonEntropy(options.temperature).temperature
         self.beta = jnp.asarray(options.beta, float)
         self.discount = jnp.asarray(options.discount, float)
@@ -128,19 +128,6 @@ class FourRooms(eqx.Module):
         shape = (*self.at_goal.shape, self.transition.shape[-1])
         discount = jnp.where(self.at_goal, 0, self.discount)[..., None]
         return MDP(self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(discount, shape), self.initial)
-
-
-def _dynamics(grid: Grid, slip: jax.Array | float, kind: str) -> Transition:
-    destination = jnp.asarray(grid.moves(), jnp.int32)  # [S, 4]
-    states, actions = destination.shape
-    made = jnp.where(jnp.eye(actions, dtype=bool), 1 - jnp.asarray(slip, float), slip / (actions - 1))  # chosen, made
-    if kind == "successor":
-        successor = jnp.broadcast_to(destination.T[:, :, None], (actions, states, actions))
-        return SuccessorTransition(successor, jnp.broadcast_to(made.T[:, None, :], successor.shape))
-    if kind != "dense":
-        raise InputError(f"transition: expected 'dense' or 'successor', got {kind!r}")
-    arrives = jax.nn.one_hot(destination, states, dtype=made.dtype)  # [S, made, S]
-    return DenseTransition(jnp.einsum("am,smj->saj", made, arrives))
 
 
 register("four_rooms", FourRoomsOptions, FourRooms)

@@ -2,9 +2,12 @@
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
 
 # up, right, down, left, as (row, column) steps
 MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
@@ -31,7 +34,7 @@ class Grid(NamedTuple):
         index = np.full(self.walls.shape, -1)
         index[tuple(self.cells.T)] = np.arange(len(self.cells))
         target = self.cells[:, None] + MOVES
-        inside = ((target >= 0) & (target < np.array(self.walls.shape))).all(-1)
+        inside = np.all((target >= 0) & (target < np.array(self.walls.shape)), -1)
         row, column = np.moveaxis(np.where(inside[..., None], target, 0), -1, 0)
         destination = np.where(inside, index[row, column], -1)
         return np.where(destination >= 0, destination, np.arange(len(self.cells))[:, None])
@@ -46,3 +49,21 @@ def parse_map(text: str) -> Grid:
     if walls.all():
         raise InputError("map: it has walls only; leave at least one cell that is not 'x'")
     return Grid(walls, np.argwhere(~walls))
+
+
+def dynamics(grid: Grid, slip: jax.Array | float, kind: str) -> Transition:
+    """The chosen move with probability 1 - slip, each other one with slip / 3; `kind` dense or successor.
+
+    Raises:
+      InputError: a kind that does not exist, or a slip outside [0, 1] (where it is known).
+    """
+    destination = jnp.asarray(grid.moves(), jnp.int32)  # [S, 4]
+    states, actions = destination.shape
+    made = jnp.where(jnp.eye(actions, dtype=bool), 1 - jnp.asarray(slip, float), slip / (actions - 1))  # chosen, made
+    if kind == "successor":
+        successor = jnp.broadcast_to(destination.T[:, :, None], (actions, states, actions))
+        return SuccessorTransition(successor, jnp.broadcast_to(made.T[:, None, :], successor.shape))
+    if kind != "dense":
+        raise InputError(f"transition: expected 'dense' or 'successor', got {kind!r}")
+    arrives = jax.nn.one_hot(destination, states, dtype=made.dtype)  # [S, made, S]
+    return DenseTransition(jnp.einsum("am,smj->saj", made, arrives))

@@ -31,5 +31,5 @@ class PolicyIteration(Solver):
         solver = default_linear_solver(mdp.num_states) if self.linear_solver is None else self.linear_solver
         operator = discounted_operator(mdp, regularizer.policy(iterate.q))
         gap = iterate.backup - iterate.value
-        correction, _ = linear_solve(solver, operator, mdp.modulus, gap)
+        correction, _ = linear_solve(solver, operator, mdp.modulus, gap, share=False)
         return iterate.value + correction

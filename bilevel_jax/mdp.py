@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.transitions import DenseTransition, Transition
-from bilevel_jax.validation import as_float, is_known, require_distribution, require_finite
+from bilevel_jax.validation import as_float, require_distribution, require_finite, require_fraction
 
 
 class MDP(eqx.Module):
@@ -96,12 +96,7 @@ class MDP(eqx.Module):
         """Check every value that is known; the constructor has done so. Raises InputError."""
         self.transition.validate()
         require_finite("reward", self.reward)
-        if is_known(self.discount) and not bool(jnp.all((self.discount >= 0) & (self.discount < 1))):
-            low, high = float(jnp.min(self.discount)), float(jnp.max(self.discount))
-            value = low if low < 0 else high
-            raise InputError(
-                f"discount must be at least 0 and below 1, got {value:g}; for long horizons use e.g. 0.999"
-            )
+        require_fraction("discount", self.discount, "for long horizons use e.g. 0.999")
         require_distribution("initial", self.initial, -1, "divide it by its sum")
 
     def event_ndim(self) -> "MDP":

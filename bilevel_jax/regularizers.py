@@ -49,7 +49,7 @@ class Regularizer(eqx.Module):
 
     def validate(self) -> None:
         """Check values that are known. Raises InputError."""
-        require_positive("temperature", self.temperature)
+        _require_temperature(self.temperature)
 
     def _scaled(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(Q - max Q) / temperature, the maximum [S], and the temperature in q's dtype."""
@@ -117,7 +117,7 @@ class KLDivergence(Regularizer):
         self.validate()
 
     def validate(self):
-        require_positive("temperature", self.temperature)
+        _require_temperature(self.temperature)
         require_distribution("reference", self.reference, -1, "divide each row by its sum")
 
     def _shifted(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -209,3 +209,7 @@ def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:
     """x log y, 0 where x is 0 (with a finite derivative there)."""
     taken = x > 0
     return jnp.where(taken, x * jnp.log(jnp.where(taken, y, 1)), 0)
+
+
+def _require_temperature(temperature: jax.Array) -> None:
+    require_positive("temperature", temperature, "a small one (1e-3) comes close to the unregularized problem")

@@ -11,10 +11,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevel_jax.errors import InputError
-from bilevel_jax.validation import as_float, is_known, require_distribution
+from bilevel_jax.validation import as_float, require_distribution, require_index
 
 
 class StateOperator(eqx.Module):
@@ -200,17 +199,8 @@ class SuccessorTransition(Transition):
                 f"transition: successor and probability must both have shape [K, S, A] (batch axes first), got "
                 f"{list(index.shape)} and {list(self.probability.shape)}"
             )
-        self.successor = index if is_known(index) and index.dtype == jnp.int32 else index.astype(jnp.int32)
-        if is_known(index) and index.size:
-            states = self.probability.shape[-2]
-            low, high = int(index.min()), int(index.max())
-            if low < 0 or high >= states:
-                bad = low if low < 0 else high
-                where = np.argwhere(np.asarray(index) == bad)[0].tolist()
-                raise InputError(
-                    f"transition.successor{where} is {bad}, out of range for {states} states; successors are "
-                    f"state indices from 0 to {states - 1}"
-                )
+        require_index("transition.successor", index, self.probability.shape[-2])
+        self.successor = index.astype(jnp.int32)
         self.validate()
 
     @property

@@ -3,6 +3,8 @@
 Shapes are always known and are checked by the containers themselves.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,30 +37,58 @@ def _first(where: np.ndarray) -> str:
     return str([int(i) for i in np.argwhere(where)[0]])
 
 
+def _where_known(check: Callable[..., None]) -> Callable[..., None]:
+    """Run `check(name, array, ...)` on known arrays only, also while something else is being traced."""
+
+    @functools.wraps(check)
+    def run(name: str, array: jax.Array, *arguments: Any) -> None:
+        if is_known(array) and array.size:
+            with jax.ensure_compile_time_eval():
+                check(name, array, *arguments)
+
+    return run
+
+
+@_where_known
 def require_finite(name: str, array: jax.Array) -> None:
-    """Raise if a known array holds NaN or infinity, naming the first bad entry."""
-    if is_known(array) and not bool(jnp.all(jnp.isfinite(array))):
+    """Raise if an entry is NaN or infinite, naming the first."""
+    if not bool(jnp.all(jnp.isfinite(array))):
         bad = ~np.isfinite(np.asarray(array))
         raise InputError(
             f"{name}{_first(bad)} is {np.asarray(array)[bad][0]} ({bad.sum()} of {bad.size} entries are not "
-            f"finite); replace NaN and infinities before building the MDP"
+            f"finite); replace NaN and infinities"
         )
 
 
-def require_positive(name: str, array: jax.Array) -> None:
-    """Raise if a known array has an entry that is not a finite number above 0."""
+@_where_known
+def require_positive(name: str, array: jax.Array, remedy: str) -> None:
+    """Raise if an entry is not a finite number above 0."""
     require_finite(name, array)
-    if is_known(array) and not bool(jnp.all(array > 0)):
+    if not bool(jnp.all(array > 0)):
+        raise InputError(f"{name} must be above 0, got {float(jnp.min(array)):g}; {remedy}")
+
+
+@_where_known
+def require_fraction(name: str, array: jax.Array, remedy: str) -> None:
+    """Raise if an entry is not in [0, 1)."""
+    if not bool(jnp.all((array >= 0) & (array < 1))):
+        bad = ~np.asarray((array >= 0) & (array < 1))
+        raise InputError(f"{name} must be at least 0 and below 1, got {np.asarray(array)[bad][0]:g}; {remedy}")
+
+
+@_where_known
+def require_index(name: str, array: jax.Array, size: int) -> None:
+    """Raise if an integer is not in [0, size)."""
+    if not bool(jnp.all((array >= 0) & (array < size))):
+        bad = ~np.asarray((array >= 0) & (array < size))
         raise InputError(
-            f"{name} must be above 0, got {float(jnp.min(array)):g}; a small one (1e-3) comes close to the "
-            f"unregularized problem"
+            f"{name}{_first(bad)} is {np.asarray(array)[bad][0]}, out of range; give indices from 0 to {size - 1}"
         )
 
 
+@_where_known
 def require_distribution(name: str, array: jax.Array, axis: int, remedy: str) -> None:
-    """Raise if a known array has negative entries, or sums along `axis` that are not 1."""
-    if not is_known(array) or array.size == 0:
-        return
+    """Raise if an entry is negative, or a sum along `axis` is not 1."""
     require_finite(name, array)
     if bool(jnp.any(array < 0)):
         bad = np.asarray(array) < 0

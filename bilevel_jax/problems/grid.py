@@ -8,6 +8,7 @@ import numpy as np
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
+from bilevel_jax.validation import as_float, require_fraction
 
 # up, right, down, left, as (row, column) steps
 MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
@@ -55,11 +56,13 @@ def dynamics(grid: Grid, slip: jax.Array | float, kind: str) -> Transition:
     """The chosen move with probability 1 - slip, each other one with slip / 3; `kind` dense or successor.
 
     Raises:
-      InputError: a kind that does not exist, or a slip outside [0, 1] (where it is known).
+      InputError: a kind that does not exist, or a slip outside [0, 1) (where it is known).
     """
+    slip = as_float("slip", slip)
+    require_fraction("slip", slip, "0 is none, 0.75 a random move")
     destination = jnp.asarray(grid.moves(), jnp.int32)  # [S, 4]
     states, actions = destination.shape
-    made = jnp.where(jnp.eye(actions, dtype=bool), 1 - jnp.asarray(slip, float), slip / (actions - 1))  # chosen, made
+    made = jnp.where(jnp.eye(actions, dtype=bool), 1 - slip, slip / (actions - 1))  # chosen, made
     if kind == "successor":
         successor = jnp.broadcast_to(destination.T[:, :, None], (actions, states, actions))
         return SuccessorTransition(successor, jnp.broadcast_to(made.T[:, None, :], successor.shape))

@@ -18,9 +18,16 @@ from bilevel_jax.validation import as_float, require_distribution, require_posit
 
 
 class Regularizer(eqx.Module):
-    """The protocol. A temperature or a reference may have batch axes in front, see `mdp.over_batch`."""
+    """The protocol, and the temperature that all have.
 
-    temperature: eqx.AbstractVar[jax.Array]
+    A temperature or a reference may have batch axes in front, see `mdp.over_batch`.
+    """
+
+    temperature: jax.Array
+
+    def __init__(self, temperature: Any):
+        self.temperature = as_float("temperature", temperature)
+        self.validate()
 
     @abc.abstractmethod
     def conjugate(self, q: jax.Array) -> jax.Array:
@@ -34,9 +41,9 @@ class Regularizer(eqx.Module):
     def penalty(self, policy: jax.Array) -> jax.Array:
         """Omega(pi): [S, A] -> [S]. Zero-probability actions cost nothing."""
 
-    @abc.abstractmethod
     def event_ndim(self) -> "Regularizer":
         """The same tree with each array replaced by its number of axes in a single problem."""
+        return eqx.tree_at(lambda r: r.temperature, self, 0)
 
     def linearized_policy(self, policy: jax.Array, q: jax.Array, value: jax.Array) -> jax.Array:
         """`policy` [S, A] itself, with the derivative of the optimal policy at (q, value).
@@ -68,11 +75,8 @@ class ShannonEntropy(Regularizer):
       InputError: temperature not above 0 (where it is known).
     """
 
-    temperature: jax.Array
-
     def __init__(self, temperature: Any):
-        self.temperature = as_float("temperature", temperature)
-        self.validate()
+        super().__init__(temperature)
 
     def conjugate(self, q):
         scaled, top, temperature = self._scaled(q)
@@ -84,9 +88,6 @@ class ShannonEntropy(Regularizer):
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
         return temperature * jnp.sum(_xlogy(policy, policy), -1)
-
-    def event_ndim(self):
-        return eqx.tree_at(lambda r: r.temperature, self, 0)
 
     def linearized_policy(self, policy, q, value):
         """d pi = pi d[(q - value) / temperature], as in Yang, Gao and Yuan 2025."""
@@ -106,7 +107,6 @@ class KLDivergence(Regularizer):
       InputError: temperature not above 0, reference negative or not summing to 1 (where known).
     """
 
-    temperature: jax.Array
     reference: jax.Array
 
     def __init__(self, temperature: Any, reference: Any):
@@ -130,8 +130,10 @@ class KLDivergence(Regularizer):
 
     def conjugate(self, q):
         scaled, top, temperature, reference = self._shifted(q)
-        # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails.
-        shortfall = jnp.sum(reference * jnp.expm1(scaled), -1)
+        # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is
+        # the sum of the reference: rounding in it would be multiplied by the temperature, its derivative not.
+        mass = jnp.sum(reference, -1)
+        shortfall = jnp.sum(reference * jnp.expm1(scaled), -1) + (mass - stop_gradient(mass))
         total = jnp.sum(reference * jnp.exp(scaled), -1)
         near = shortfall > -0.5
         log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
@@ -173,11 +175,8 @@ class TsallisEntropy(Regularizer):
       InputError: temperature not above 0 (where it is known).
     """
 
-    temperature: jax.Array
-
     def __init__(self, temperature: Any):
-        self.temperature = as_float("temperature", temperature)
-        self.validate()
+        super().__init__(temperature)
 
     def conjugate(self, q):
         _, top, temperature = self._scaled(q)
@@ -200,9 +199,6 @@ class TsallisEntropy(Regularizer):
 
     def penalty(self, policy):
         return jnp.asarray(self.temperature, policy.dtype) / 2 * (jnp.sum(policy**2, -1) - 1)
-
-    def event_ndim(self):
-        return eqx.tree_at(lambda r: r.temperature, self, 0)
 
 
 def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:

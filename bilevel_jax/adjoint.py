@@ -22,7 +22,7 @@ from bilevel_jax.results import Result
 from bilevel_jax.transitions import StateOperator
 
 # Below this many states a factorization is cheaper than Krylov iterations (docs/performance.md).
-DIRECT_LIMIT = 1024
+DIRECT_LIMIT = 512
 
 
 class LinearStats(eqx.Module):

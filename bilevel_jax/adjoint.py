@@ -132,6 +132,7 @@ class GMRES(LinearSolver):
 
 @one_at_a_time_on_cpu
 def _restarted_gmres(solver, system, rhs, guess):
+    system = system.fold()
     target = jnp.asarray(solver.relative_tolerance(rhs.dtype), rhs.dtype) * jnp.linalg.norm(rhs)
 
     def cycle(carry):
@@ -177,7 +178,7 @@ class Neumann(LinearSolver):
 
     def solve(self, operator, prepared, rhs, guess, transpose):
         del prepared, guess
-        system = operator.T if transpose else operator
+        system = (operator.T if transpose else operator).fold()
         return lax.fori_loop(0, self.terms, lambda _, x: rhs + system.apply(x), rhs), jnp.asarray(self.terms)
 
 
@@ -201,7 +202,7 @@ class Descent(LinearSolver):
 
     def solve(self, operator, prepared, rhs, guess, transpose):
         del prepared
-        system = operator.T if transpose else operator
+        system = (operator.T if transpose else operator).fold()
         step_size = jnp.asarray(self.step_size, rhs.dtype)
 
         def step(_, x):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.transitions import StateOperator
+from bilevel_jax.transitions import PolicyOperator, StateOperator
 
 
 def action_values(mdp: MDP, value: jax.Array) -> jax.Array:
@@ -27,7 +27,7 @@ def greedy(mdp: MDP, regularizer: Regularizer, value: jax.Array) -> tuple[jax.Ar
 
 def discounted_operator(mdp: MDP, policy: jax.Array) -> StateOperator:
     """M[s, s'] = sum_a discount pi[s, a] P[s, a, s'], the derivative of T at a V with this policy."""
-    return mdp.transition.under(mdp.discount * policy)
+    return PolicyOperator(mdp.transition, mdp.discount * policy)
 
 
 def check_compatible(mdp: MDP, regularizer: Regularizer) -> None:

@@ -31,6 +31,10 @@ class StateOperator(eqx.Module):
     def matrix(self) -> jax.Array:
         """M itself, [S, S]."""
 
+    def fold(self) -> "StateOperator":
+        """The same map, made ready for many products."""
+        return self
+
     @property
     def T(self) -> "StateOperator":  # noqa: N802 (numpy's name for the transpose)
         """The transposed map."""
@@ -50,6 +54,9 @@ class TransposedOperator(StateOperator):
 
     def matrix(self):
         return self.operator.matrix().T
+
+    def fold(self):
+        return TransposedOperator(self.operator.fold())
 
     @property
     def T(self):  # noqa: N802
@@ -90,6 +97,25 @@ class Transition(eqx.Module):
     @abc.abstractmethod
     def under(self, weights: jax.Array) -> StateOperator:
         """M[s, s'] = sum_a weights[s, a] P[s, a, s'], folded once so that many products are cheap."""
+
+
+class PolicyOperator(StateOperator):
+    """M[s, s'] = sum_a weights[s, a] P[s, a, s'], by the transition's own products until it is folded."""
+
+    transition: Transition
+    weights: jax.Array
+
+    def apply(self, values):
+        return jnp.sum(self.weights * self.transition.expect(values), -1)
+
+    def apply_transpose(self, masses):
+        return self.transition.push(self.weights * masses[:, None])
+
+    def matrix(self):
+        return self.fold().matrix()
+
+    def fold(self):
+        return self.transition.under(self.weights)
 
 
 class DenseOperator(StateOperator):

@@ -62,6 +62,8 @@ def synthetic(options: SyntheticOptions) -> Synthetic:
     for name, least in (("states", 2), ("actions", 1), ("dimension", 1)):
         if getattr(options, name) < least:
             raise InputError(f"{name} must be at least {least}, got {getattr(options, name)}")
+    if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
+        raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
     shape = (options.states, options.actions)
     keys = jax.random.split(jax.random.key(options.seed), 5)
     count = jax.random.randint(keys[0], (*shape, 1), 1, options.states)

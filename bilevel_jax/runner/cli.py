@@ -12,7 +12,13 @@ from bilevel_jax.errors import InputError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse takes overrides on one side of --out only; the rest it leaves over.
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (any(word.startswith("-") for word in rest) or not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         options.command(options)
     except InputError as error:
@@ -65,9 +71,11 @@ def _run(options: argparse.Namespace) -> None:
 def _list(options: argparse.Namespace) -> None:
     del options
     from bilevel_jax.problems import names, spec
-    from bilevel_jax.runner.schema import SECTIONS
+    from bilevel_jax.runner.schema import SECTIONS, RunSection
 
-    print("problems (section `problem`)")
+    print("keys at the top")
+    _describe("config", (RunSection.__doc__ or "").strip().splitlines()[0], RunSection)
+    print("\nproblems (section `problem`)")
     for name in names():
         _describe(name, spec(name).summary, spec(name).options)
     for place, choices in SECTIONS.items():

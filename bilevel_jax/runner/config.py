@@ -3,12 +3,12 @@
 import copy
 import dataclasses
 import itertools
-import math
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
+import jax
 import pydantic
 import yaml
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -48,25 +48,27 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     path = Path(path)
     try:
         text = path.read_text()
-        tree = yaml.compose(text, yaml.SafeLoader)
-        raw = yaml.safe_load(text)
+        tree = yaml.compose(text, _Loader)
+        source = _Source(str(path), tree, {})
+        _refuse_repetition(tree, "", (), source)
+        raw = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give the path of a YAML config") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected keys with values at the top, got {type(raw).__name__}; see configs/")
-    source = _Source(str(path), tree, {})
-    _refuse_duplicates(tree, "", source)
+    _expand_names(raw)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise InputError(f"{override}: expected key=value, e.g. optimizer.learning_rate=0.1")
         try:
-            _set(raw, key, yaml.safe_load(value))
+            _set(raw, key, yaml.load(value, _Loader))
         except yaml.YAMLError:
             raise InputError(f"{override}: {value!r} is not a valid YAML value") from None
         source.overridden[key] = override
+    _expand_names(raw)
     return Config(path.stem, _check(raw, source))
 
 
@@ -87,34 +89,71 @@ class _Source:
         for overridden, text in self.overridden.items():
             if key == overridden or key.startswith(overridden + "."):
                 return f"command line, {text}"
-        node, line = self.tree, 1
-        for part in _split(key):
-            found = None
+        node, line, rest = self.tree, 1, key
+        while rest:
             if isinstance(node, yaml.MappingNode):
-                found = next(((k, v) for k, v in node.value if k.value == part), None)
-            elif isinstance(node, yaml.SequenceNode) and part.isdigit() and int(part) < len(node.value):
-                found = (node.value[int(part)], node.value[int(part)])
+                children = [(k.value, k, v) for k, v in node.value]
+            elif isinstance(node, yaml.SequenceNode):
+                children = [(str(i), v, v) for i, v in enumerate(node.value)]
+            else:
+                break
+            # Keys of the sweep section have dots of their own.
+            found = next((c for c in children if rest == c[0] or rest.startswith(f"{c[0]}.")), None)
             if found is None:
                 break
-            line, node = found[0].start_mark.line + 1, found[1]
+            name, at, node = found
+            line, rest = at.start_mark.line + 1, rest[len(name) + 1 :]
         return f"{self.path}, line {line}"
 
     def error(self, key: str, message: str) -> InputError:
         return InputError(f"{key} ({self.where(key)}): {message}")
 
 
-def _refuse_duplicates(node: yaml.Node | None, prefix: str, source: _Source) -> None:
-    """YAML would silently take the last of two equal keys."""
-    if not isinstance(node, yaml.MappingNode):
+class _Loader(yaml.SafeLoader):
+    """YAML without dates: 2020-01-01 is a text here, and refused where a number belongs."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _refuse_repetition(node: yaml.Node | None, prefix: str, above: tuple[yaml.Node, ...], source: _Source) -> None:
+    """Of two equal keys YAML would silently take the last; and a section can be made to contain itself."""
+    if isinstance(node, yaml.SequenceNode):
+        children = [(f"{prefix}{i}", child, child) for i, child in enumerate(node.value)]
+    elif isinstance(node, yaml.MappingNode):
+        children = [(f"{prefix}{key.value}", key, value) for key, value in node.value]
+    else:
         return
     seen = set()
-    for key, value in node.value:
-        name = f"{prefix}{key.value}"
+    for name, at, child in children:
+        where = f"{name} ({source.path}, line {at.start_mark.line + 1})"
         if name in seen:
-            line = key.start_mark.line + 1
-            raise InputError(f"{name} ({source.path}, line {line}): stands here a second time; remove one")
+            raise InputError(f"{where}: stands here a second time; remove one")
+        if any(child is ancestor for ancestor in (*above, node)):
+            raise InputError(f"{where}: contains itself; write its values out")
         seen.add(name)
-        _refuse_duplicates(value, name + ".", source)
+        _refuse_repetition(child, name + ".", (*above, node), source)
+
+
+def _expand_names(raw: dict[str, Any]) -> None:
+    """A section may be just a name, or leave the default name out."""
+    if isinstance(raw.get("problem"), str):
+        raw["problem"] = {"name": raw["problem"]}
+    for place, choices in SECTIONS.items():
+        *parents, last = place.split(".")
+        section = raw
+        for parent in parents:
+            section = section[parent] if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            continue
+        value = section.setdefault(last, {})
+        if isinstance(value, str):
+            section[last] = {"name": value}
+        elif isinstance(value, dict):
+            section[last] = {"name": choices[0]().name, **value}
 
 
 def _split(key: str) -> list[str]:
@@ -134,16 +173,19 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 def _check(raw: dict[str, Any], source: _Source) -> dict[str, Any]:
     values = _check_types(raw, source)
     _check_numbers(values, source)
+    known = sweepable(values)
     for key, points in values["sweep"].items():
+        if key not in known:
+            hint = registry.nearest(key, known)
+            raise source.error(f"sweep.{key}", f"cannot be swept{hint}; what can: {', '.join(known)}")
         for point in points:
-            _check_swept(raw, key, point, source)
+            _check_point(raw, key, point, source)
+        values["sweep"][key] = [point if _is_seed(key) else float(point) for point in points]
     return values
 
 
 def _check_types(raw: dict[str, Any], source: _Source) -> dict[str, Any]:
-    problem = raw.get("problem")
-    if isinstance(problem, str):
-        problem = {"name": problem}
+    problem: Any = raw.get("problem")
     if not isinstance(problem, dict) or not isinstance(problem.get("name"), str):
         raise source.error("problem", f"give the section a name, one of {', '.join(registry.names())}")
     if problem["name"] not in registry.names():
@@ -163,7 +205,9 @@ def _check_types(raw: dict[str, Any], source: _Source) -> dict[str, Any]:
 def _validated(kind: type, data: dict[str, Any], prefix: str, source: _Source) -> dict[str, Any]:
     adapter = pydantic.TypeAdapter(kind)
     try:
-        return adapter.dump_python(adapter.validate_python(data), mode="json")
+        values = adapter.dump_python(adapter.validate_python(data), mode="json")
+        _refuse_truth_values(data, values, prefix, source)
+        return values
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         parts = _without_tags(first["loc"], data)
@@ -175,9 +219,20 @@ def _validated(kind: type, data: dict[str, Any], prefix: str, source: _Source) -
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
             valid = [kind().name for kind in SECTIONS[key]]
             name = first["input"].get("name")
-            problem = "needs a name" if name is None else f"no choice {name!r}{registry.nearest(str(name), valid)}"
-            raise source.error(f"{key}.name", f"{problem}; valid: {', '.join(valid)}") from None
+            hint = registry.nearest(str(name), valid)
+            raise source.error(f"{key}.name", f"no choice {name!r}{hint}; valid: {', '.join(valid)}") from None
         raise source.error(key, f"{first['msg']}, got {first['input']!r}") from None
+
+
+def _refuse_truth_values(data: Any, values: Any, key: str, source: _Source) -> None:
+    """Python takes true for 1; a config that says so is mistaken."""
+    if isinstance(data, bool):
+        if not isinstance(values, bool):
+            raise source.error(key, f"expected a number (an integer where it counts), got {str(data).lower()}")
+        return
+    children = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for name, child in children:
+        _refuse_truth_values(child, values[name], f"{key}.{name}" if key else str(name), source)
 
 
 def _without_tags(location: tuple[Any, ...], data: Any) -> list[str]:
@@ -209,29 +264,22 @@ def _check_numbers(values: dict[str, Any], source: _Source) -> None:
     """Values that have the right type and no meaning, such as a discount of 1: the problem says so."""
     section = dict(values["problem"])
     name = section.pop("name")
-    for key, value in section.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise source.error(f"problem.{key}", f"must be finite, got {value}")
     try:
-        registry.make(name, **section)
+        with jax.enable_x64(values["precision"] == "float64"):
+            registry.make(name, **section)
     except InputError as error:
         key = next((k for k in section if str(error).startswith(k)), None)
         raise source.error(f"problem.{key}" if key else "problem", str(error)) from None
 
 
-def _check_swept(raw: dict[str, Any], key: str, point: Any, source: _Source) -> None:
-    where = f"sweep.{key}"
+def _check_point(raw: dict[str, Any], key: str, point: Any, source: _Source) -> None:
     trial = copy.deepcopy(raw)
     trial["sweep"] = {}
-    full = _check_types(trial, source)
-    known = sweepable(full)
-    if key not in known:
-        raise source.error(where, f"cannot be swept{registry.nearest(key, known)}; what can: {', '.join(known)}")
     _set(trial, key, point)
     try:
         _check_numbers(_check_types(trial, source), source)
     except InputError as error:
-        raise source.error(where, f"{point!r} is not valid: {error}") from None
+        raise source.error(f"sweep.{key}", f"{point!r} is not valid: {error}") from None
 
 
 def sweepable(values: dict[str, Any]) -> list[str]:
@@ -246,8 +294,12 @@ def sweepable(values: dict[str, Any]) -> list[str]:
     }
     for place, kind in sections.items():
         hints = typing.get_type_hints(kind)
-        keys += [f"{place}.{name}" for name, hint in hints.items() if _is_float(hint) or name == "seed"]
+        keys += [f"{place}.{name}" for name, hint in hints.items() if _is_float(hint) or _is_seed(name)]
     return keys
+
+
+def _is_seed(key: str) -> bool:
+    return key.split(".")[-1] == "seed"
 
 
 def _is_float(hint: Any) -> bool:

@@ -37,10 +37,10 @@ def plot(directory: Path) -> list[Path]:
     summary = json.loads((directory / "summary.json").read_text())
     config = dataclasses.replace(config, name=summary["config"])
     _save(learning_curves(config, directory), written[0])
-    jax.config.update("jax_enable_x64", config.values["precision"] == "float64")
     best = summary["best_run"]
     if best is not None:
-        problem = build_problem(config.at(config.grid[best])["problem"])
+        with jax.enable_x64(config.values["precision"] == "float64"):
+            problem = build_problem(config.at(config.grid[best])["problem"])
         if hasattr(problem, "grid") and hasattr(problem, "incentive"):
             with np.load(directory / "final.npz") as final:
                 written.append(directory / "incentive.png")
@@ -74,9 +74,11 @@ def learning_curves(config: Config, directory: Path) -> Figure:
     panels = figure.subplots(1, 2)
     groups = _groups(config)
     for i, (label, members) in enumerate(groups.items()):
-        table = np.array([runs[m] for m in members if m in runs])  # [runs, records, 3]
-        if table.size == 0:
+        curves = [runs[m] for m in members if m in runs]
+        if not curves:
             continue
+        shortest = min(map(len, curves))  # of an interrupted or diverged run
+        table = np.array([curve[:shortest] for curve in curves])  # [runs, records, 3]
         color = COLORS[i % len(COLORS)]
         for column, panel in enumerate(panels, 1):
             values = table[..., column]

@@ -20,6 +20,15 @@ from bilevel_jax.runner.config import Config
 from bilevel_jax.runner.sweep import Chunk, Final, Program, Progress, Record
 
 METRICS = ("run", "iteration", *Record._fields)
+RESULTS = (
+    "config.yaml",
+    "metrics.csv",
+    "runs.csv",
+    "summary.json",
+    "final.npz",
+    "learning_curves.png",
+    "incentive.png",
+)
 
 
 def run(config: Config, directory: Path) -> dict[str, Any]:
@@ -28,22 +37,32 @@ def run(config: Config, directory: Path) -> dict[str, Any]:
     Files: config.yaml (all defaults filled in), metrics.csv (a row each `record_every` iterations and
     run, and a last exact one), runs.csv (a row a run: swept values and outcome), summary.json, and
     final.npz (`x`, `best_x`, `policy`, `value`, one entry a run). The metrics are written while it
-    runs, and an interrupted run keeps what it has. float64 is switched on in jax if the config says so.
+    runs, and an interrupted run keeps what it has.
+
+    Results of an earlier run in the same directory are removed first. A run whose objective is not
+    finite ends there and is reported as such, the others go on.
 
     Returns:
       The summary.
 
     Raises:
-      InputError: the directory cannot be written.
+      InputError: the directory cannot be written, or no run at all has a finite objective.
     """
     prepare_directory(directory)
+    try:
+        with jax.enable_x64(config.values["precision"] == "float64"):
+            return _run(config, directory)
+    except OSError as error:
+        raise InputError(f"--out {directory}: cannot be written ({error}); give another directory") from None
+
+
+def _run(config: Config, directory: Path) -> dict[str, Any]:
     (directory / "config.yaml").write_text(yaml.safe_dump(config.values, sort_keys=False))
-    jax.config.update("jax_enable_x64", config.values["precision"] == "float64")
     started = time.perf_counter()
     program = Program(config)
     finals: list[tuple[Chunk, Final]] = []
     timing = {"compile": 0.0}
-    interrupted = False
+    interrupted, diverged = False, None
     with (directory / "metrics.csv").open("w", newline="") as file, _bar(config) as bar:
         rows = csv.writer(file)
         rows.writerow(METRICS)
@@ -51,12 +70,20 @@ def run(config: Config, directory: Path) -> dict[str, Any]:
         timing["compile"] = time.perf_counter() - started
         try:
             for chunk in chunks:
-                progress = _advance_all(program, chunk, config, rows, file, bar)
+                progress, ended = _advance_all(program, chunk, config, rows, file, bar)
                 final = jax.device_get(program.finish(chunk.numbers, progress))
                 finals.append((chunk, final))
-                rows.writerows(_final_rows(chunk, final, config.values["iterations"]))
+                if ended is None:
+                    rows.writerows(_final_rows(chunk, final, config.values["iterations"]))
+                else:
+                    diverged = ended
         except KeyboardInterrupt:
             interrupted = True
+    if diverged is not None and not any(np.isfinite(final.hypergradient.value).any() for _, final in finals):
+        raise InputError(
+            f"iteration {diverged}: no run has a finite objective; {MESSAGES[Result.NOT_FINITE]}, or lower "
+            f"optimizer.learning_rate. The metrics so far are in {directory / 'metrics.csv'}"
+        )
     timing["total"] = time.perf_counter() - started
     summary = _write_results(config, directory, finals, timing, interrupted)
     if interrupted:
@@ -65,9 +92,11 @@ def run(config: Config, directory: Path) -> dict[str, Any]:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Make the directory and see that it can be written. Raises InputError."""
+    """Make the directory, remove an earlier run's results, see that it can be written. Raises InputError."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        for name in RESULTS:
+            (directory / name).unlink(missing_ok=True)
         probe = directory / ".writable"
         probe.write_text("")
         probe.unlink()
@@ -81,7 +110,10 @@ def _bar(config: Config) -> tqdm:
     return tqdm(total=total, unit="it", desc=config.name, file=sys.stderr, dynamic_ncols=True, mininterval=quiet)
 
 
-def _advance_all(program: Program, chunk: Chunk, config: Config, rows: Any, file: Any, bar: tqdm) -> Progress:
+def _advance_all(
+    program: Program, chunk: Chunk, config: Config, rows: Any, file: Any, bar: tqdm
+) -> tuple[Progress, int | None]:
+    """All iterations of a chunk; and where its last finite run ended, if none went through."""
     progress = program.start(chunk.numbers)
     iterations, every = config.values["iterations"], config.values["record_every"]
     for iteration in range(0, iterations, every):
@@ -91,15 +123,12 @@ def _advance_all(program: Program, chunk: Chunk, config: Config, rows: Any, file
         rows.writerows([run, iteration, *(column[i].item() for column in record)] for i, run in enumerate(chunk.runs))
         file.flush()
         if not np.isfinite(record.objective).any():
-            raise InputError(
-                f"iteration {iteration}: no run has a finite objective; {MESSAGES[Result.NOT_FINITE]}, or lower "
-                f"optimizer.learning_rate. The metrics so far are in metrics.csv"
-            )
-        best = int(np.nanargmin(record.objective))
+            return progress, iteration
+        best = int(np.argmin(np.where(np.isfinite(record.objective), record.objective, np.inf)))
         now = f"objective {record.objective[best]:.4g}, |hyper-gradient| {record.gradient_norm[best]:.3g}"
         bar.set_postfix_str(now, refresh=False)
         bar.update(steps * len(chunk.runs))
-    return progress
+    return progress, None
 
 
 def _final_rows(chunk: Chunk, final: Final, iteration: int) -> list[list[Any]]:

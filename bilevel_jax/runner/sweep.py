@@ -113,15 +113,15 @@ class Program:
         limit = self._config.values["memory_limit_mb"] * 2**20
         size = len(grid)
         compiled, needed = self._compile(grid)
-        if needed > limit:
-            size = int(limit // (needed / size))
-            if size == 0:
+        while needed > limit:
+            if size == 1:
                 raise InputError(
-                    f"memory_limit_mb: one run needs about {needed / len(grid) / 2**20:.3g} MiB, the limit is "
+                    f"memory_limit_mb: one run needs about {needed / 2**20:.3g} MiB, the limit is "
                     f"{limit / 2**20:.3g}; raise it or choose a smaller problem"
                 )
+            size = max(1, min(size - 1, int(size * limit / needed)))
             size = -(-len(grid) // -(-len(grid) // size))  # the same number of chunks, evenly filled
-            compiled, _ = self._compile(grid[:size])
+            compiled, needed = self._compile(grid[:size])
         self.advance = compiled
         chunks = []
         for first in range(0, len(grid), size):
@@ -205,7 +205,7 @@ class Chunk(NamedTuple):
 
 def _numbers(points: list[dict[str, float]]) -> Numbers:
     def column(key: str) -> jax.Array:
-        kind = np.uint32 if key.split(".")[-1] == "seed" else jnp.result_type(float)
+        kind = np.uint32 if isinstance(points[0][key], int) else jnp.result_type(float)
         return jnp.asarray(np.array([point[key] for point in points], kind))
 
     return {key: column(key) for key in points[0]}

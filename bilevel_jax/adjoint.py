@@ -20,6 +20,7 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.results import Result
 from bilevel_jax.transitions import StateOperator
+from bilevel_jax.validation import as_float
 
 # Below this many states a factorization is cheaper than Krylov iterations (docs/performance.md).
 DIRECT_LIMIT = 512
@@ -280,7 +281,13 @@ def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = Non
 
     Solves V = sum_a pi (r + discount P V). Differentiable in policy and every leaf of the MDP; batch
     axes first, as in the MDP. NaN where the linear solve did not converge.
+
+    Raises:
+      InputError: the policy's shape is not that of the reward.
     """
+    policy = as_float("policy", policy, mdp.reward.dtype)
+    if policy.shape != mdp.reward.shape:
+        raise InputError(f"policy: expected shape {list(mdp.reward.shape)}, got {list(policy.shape)}")
     return _policy_value(mdp, _NoRegularizer(), policy, adjoint=adjoint)
 
 

@@ -31,15 +31,21 @@ def discounted_operator(mdp: MDP, policy: jax.Array) -> StateOperator:
 
 
 def check_compatible(mdp: MDP, regularizer: Regularizer) -> None:
-    """Raise InputError where a regularizer's arrays do not fit the MDP's states and actions."""
-    reference = getattr(regularizer, "reference", None)
-    if reference is None:
-        return
+    """Raise InputError where a regularizer's arrays do not fit the MDP's states, actions or batch axes."""
     expected = (mdp.num_states, mdp.num_actions)
-    if reference.shape[-1] != expected[1] or (reference.ndim > 1 and reference.shape[-2] != expected[0]):
+    reference = getattr(regularizer, "reference", None)
+    if reference is not None and reference.shape[-2:] not in (expected, expected[1:]):
         raise InputError(
             f"reference: expected shape [S, A] = {list(expected)} or [A] = [{expected[1]}], got {list(reference.shape)}"
         )
+    leaves = jax.tree_util.tree_leaves_with_path(regularizer)
+    for (path, leaf), ndim in zip(leaves, jax.tree.leaves(regularizer.event_ndim()), strict=True):
+        batch = leaf.shape[: leaf.ndim - ndim]
+        if batch != mdp.batch_shape[len(mdp.batch_shape) - len(batch) :]:
+            raise InputError(
+                f"{jax.tree_util.keystr(path).lstrip('.')}: shape {list(leaf.shape)} has batch axes {list(batch)}, "
+                f"the MDP has {list(mdp.batch_shape)}; give the same ones, or none"
+            )
 
 
 def sup_norm(x: jax.Array) -> jax.Array:

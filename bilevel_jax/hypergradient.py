@@ -28,11 +28,17 @@ class Problem(Protocol):
     levels under one x; the objective then sees every field of the solution with those axes.
     """
 
-    def mdp(self, x: Any) -> MDP: ...
+    def mdp(self, x: Any) -> MDP:
+        """The lower level's process at x."""
+        ...
 
-    def regularizer(self, x: Any) -> Regularizer: ...
+    def regularizer(self, x: Any) -> Regularizer:
+        """The lower level's regularizer at x."""
+        ...
 
-    def objective(self, x: Any, solution: Solution) -> jax.Array: ...
+    def objective(self, x: Any, solution: Solution) -> jax.Array:
+        """What the upper level pays, a scalar."""
+        ...
 
 
 class BilevelProblem(eqx.Module):
@@ -156,7 +162,7 @@ def hypergradient(
     Raises:
       InputError: x has leaves that are not floating point, or the objective is not a scalar.
     """
-    return _hypergradient(problem, _as_floats(x), method, initial_value, initial_adjoint)
+    return _hypergradient(problem, as_upper_variable(x), method, initial_value, initial_adjoint)
 
 
 @jax.jit
@@ -218,7 +224,9 @@ def _solve_adjoint(mdp, regularizer, policy, cotangent, guess, *, solver):
     return linear_solve(solver, operator, mdp.modulus, cotangent, transpose=True, guess=guess, share=False)
 
 
-def _as_floats(x: Any) -> Any:
+def as_upper_variable(x: Any) -> Any:
+    """x with array leaves. Raises InputError where a leaf is not floating point."""
+
     def convert(path, leaf):
         leaf = jnp.asarray(leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):

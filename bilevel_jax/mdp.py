@@ -71,14 +71,17 @@ class MDP(eqx.Module):
 
     @property
     def num_states(self) -> int:
+        """S."""
         return self.reward.shape[-2]
 
     @property
     def num_actions(self) -> int:
+        """A."""
         return self.reward.shape[-1]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
+        """The axes in front of [S, A]."""
         return self.reward.shape[:-2]
 
     @property

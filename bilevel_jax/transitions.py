@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
-from bilevel_jax.validation import as_float, require_distribution, require_index
+from bilevel_jax.validation import as_array, as_float, require_distribution, require_index
 
 
 class StateOperator(eqx.Module):
@@ -73,10 +73,12 @@ class Transition(eqx.Module):
 
     @property
     @abc.abstractmethod
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """Of the probabilities."""
 
     @abc.abstractmethod
-    def astype(self, dtype: Any) -> "Transition": ...
+    def astype(self, dtype: Any) -> "Transition":
+        """The same kernel with probabilities of another floating-point type."""
 
     @abc.abstractmethod
     def event_ndim(self) -> "Transition":
@@ -217,7 +219,7 @@ class SuccessorTransition(Transition):
 
     def __init__(self, successor: Any, probability: Any):
         self.probability = as_float("transition.probability", probability)
-        index = jnp.asarray(successor)
+        index = as_array("transition.successor", successor)
         if not jnp.issubdtype(index.dtype, jnp.integer):
             raise InputError(f"transition.successor: expected integers, got {index.dtype}; use int32 state indices")
         if index.shape != self.probability.shape or index.ndim < 3:
@@ -225,6 +227,8 @@ class SuccessorTransition(Transition):
                 f"transition: successor and probability must both have shape [K, S, A] (batch axes first), got "
                 f"{list(index.shape)} and {list(self.probability.shape)}"
             )
+        if index.shape[-3] == 0:
+            raise InputError("transition: the slot axis K has length 0; every pair needs a successor")
         require_index("transition.successor", index, self.probability.shape[-2])
         self.successor = index.astype(jnp.int32)
         self.validate()

@@ -20,12 +20,17 @@ def is_known(*arrays: Any) -> bool:
     return all(isinstance(a, jax.Array | np.ndarray) and not isinstance(a, Tracer) for a in arrays)
 
 
-def as_float(name: str, value: Any, dtype: Any = None) -> jax.Array:
-    """`value` as a floating-point array; a clear error if it is not one."""
+def as_array(name: str, value: Any) -> jax.Array:
+    """`value` as an array; a clear error if it is not one."""
     try:
-        array = jnp.asarray(value)
+        return jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
+
+
+def as_float(name: str, value: Any, dtype: Any = None) -> jax.Array:
+    """`value` as a floating-point array; a clear error if it is not one."""
+    array = as_array(name, value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise InputError(f"{name}: expected real numbers, got {array.dtype}; take the real part")
     if not jnp.issubdtype(array.dtype, jnp.floating):

@@ -9,7 +9,7 @@ import optax
 
 from bilevel_jax.adjoint import Descent, LinearSolver, LinearStats
 from bilevel_jax.bellman import greedy
-from bilevel_jax.hypergradient import Problem, implicit_gradient, lower_level
+from bilevel_jax.hypergradient import Problem, as_upper_variable, implicit_gradient, lower_level
 from bilevel_jax.mdp import over_batch
 from bilevel_jax.results import Outcome, Result
 from bilevel_jax.solvers import Solution, Solver, SolveStats, ValueIteration, read_out, solve
@@ -76,9 +76,10 @@ class MSoBiRL(eqx.Module):
           adjoint: w[S] to start from; None is zeros.
 
         Raises:
-          InputError: outside jit, if the MDP or the regularizer at x is not valid.
+          InputError: x is not floating point; outside jit, if the MDP or the regularizer at x is not valid.
         """
         del key
+        x = as_upper_variable(x)
         lower_level(self.problem, x)  # outside jit this looks at the values
         return _init(self, x, value, policy, adjoint)
 

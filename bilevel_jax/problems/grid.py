@@ -22,6 +22,8 @@ class Grid(NamedTuple):
 
     def state(self, name: str, cell: tuple[int, int]) -> int:
         """The state index of a cell. Raises InputError for a wall or a place outside the map."""
+        if np.shape(cell) != (2,):
+            raise InputError(f"{name}: expected (row, column), got {cell!r}")
         match = np.flatnonzero((self.cells == np.asarray(cell)).all(-1))
         if match.size != 1:
             raise InputError(

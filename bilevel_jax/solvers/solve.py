@@ -14,6 +14,7 @@ from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome
 from bilevel_jax.solvers.loop import Solver, SolveStats, default_solver, iterate
+from bilevel_jax.validation import as_float
 
 
 class Solution(eqx.Module):
@@ -64,7 +65,7 @@ def solve(
     """
     check_compatible(mdp, regularizer)
     if initial_value is not None:
-        initial_value = jnp.asarray(initial_value, mdp.reward.dtype)
+        initial_value = as_float("initial_value", initial_value, mdp.reward.dtype)
         expected = mdp.reward.shape[:-1]
         if initial_value.shape != expected:
             raise InputError(f"initial_value: expected shape {list(expected)}, got {list(initial_value.shape)}")

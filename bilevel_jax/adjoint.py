@@ -142,7 +142,7 @@ def _restarted_gmres(solver, system, rhs, guess):
             lambda v: v - system.apply(v),
             gap,
             tol=0.0,
-            atol=target,
+            atol=target / 2,  # its own count of the residual runs a little ahead of the true one
             restart=solver.restart,
             maxiter=1,
             solve_method="incremental",
@@ -154,9 +154,10 @@ def _restarted_gmres(solver, system, rhs, guess):
 
     def unfinished(carry):
         _, gap, gained, cycles = carry
-        return gained & (jnp.linalg.norm(gap) > target) & (cycles < solver.max_cycles)
+        return gained & (jnp.linalg.norm(gap) > target) & (cycles < max_cycles)
 
-    start = (guess, residual_of(system, guess, rhs), jnp.asarray(True), jnp.asarray(0))
+    max_cycles = jnp.asarray(solver.max_cycles, jnp.int32)
+    start = (guess, residual_of(system, guess, rhs), jnp.asarray(True), jnp.asarray(0, jnp.int32))
     x, _, _, cycles = lax.while_loop(unfinished, cycle, start)
     return x, cycles
 

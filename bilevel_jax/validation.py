@@ -23,7 +23,8 @@ def is_known(*arrays: Any) -> bool:
 def as_array(name: str, value: Any) -> jax.Array:
     """`value` as an array; a clear error if it is not one."""
     try:
-        return jnp.asarray(value)
+        array = jnp.asarray(value)
+        return array.astype(array.dtype)  # a number's weak type would be another compilation
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
 

@@ -11,6 +11,8 @@ from bilevel_jax.mdp import MDP
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 
+MOST = 10_000  # the dense transition alone has states^2 * actions entries
+
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticOptions:
@@ -60,8 +62,8 @@ class Synthetic(eqx.Module):
 def synthetic(options: SyntheticOptions) -> Synthetic:
     """Draw a problem. Raises InputError for sizes below 1 (2 states) or a discount out of range."""
     for name, least in (("states", 2), ("actions", 1), ("dimension", 1)):
-        if getattr(options, name) < least:
-            raise InputError(f"{name} must be at least {least}, got {getattr(options, name)}")
+        if not least <= getattr(options, name) <= MOST:
+            raise InputError(f"{name} must be from {least} to {MOST}, got {getattr(options, name)}")
     if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
         raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
     shape = (options.states, options.actions)

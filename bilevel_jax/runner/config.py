@@ -68,7 +68,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         except yaml.YAMLError:
             raise InputError(f"{override}: {value!r} is not a valid YAML value") from None
         source.overridden[key] = override
-    _expand_names(raw)
+        _expand_names(raw)
     return Config(path.stem, _check(raw, source))
 
 
@@ -110,7 +110,13 @@ class _Source:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without dates: 2020-01-01 is a text here, and refused where a number belongs."""
+    """YAML of plain numbers and texts: without dates, and without tags that construct something."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, AttributeError) as error:
+            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from None
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -180,7 +186,7 @@ def _check(raw: dict[str, Any], source: _Source) -> dict[str, Any]:
             raise source.error(f"sweep.{key}", f"cannot be swept{hint}; what can: {', '.join(known)}")
         for point in points:
             _check_point(raw, key, point, source)
-        values["sweep"][key] = [point if _is_seed(key) else float(point) for point in points]
+        values["sweep"][key] = [int(point) if _is_seed(key) else float(point) for point in points]
     return values
 
 

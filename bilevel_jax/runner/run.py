@@ -191,11 +191,8 @@ def _write_results(
             table = csv.DictWriter(file, ["run", *records[0]])
             table.writeheader()
             table.writerows({"run": i, **record} for i, record in enumerate(records))
-        np.savez(
-            directory / "final.npz",
-            allow_pickle=False,
-            **{k: np.concatenate([a[k] for a in arrays]) for k in arrays[0]},
-        )
+        together: dict[str, Any] = {name: np.concatenate([a[name] for a in arrays]) for name in arrays[0]}
+        np.savez(directory / "final.npz", **together)
     finite = [i for i, record in enumerate(records) if np.isfinite(record["final_value"])]
     best = min(finite, key=lambda i: records[i]["final_value"], default=None)
     summary = {

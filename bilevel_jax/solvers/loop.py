@@ -77,6 +77,7 @@ def iterate(
     factor = modulus / (1 - modulus)
     reward_scale = sup_norm(mdp.reward)
     ulp = jnp.finfo(value.dtype).eps
+    max_steps = jnp.asarray(solver.max_steps, jnp.int32)
     target = 0 if solver.tolerance is None else jnp.asarray(solver.tolerance, value.dtype)
 
     def sweep(value):
@@ -90,7 +91,7 @@ def iterate(
 
     def unfinished(carry):
         _, residual, previous, ulps, steps = carry
-        return ~finished(residual, previous, ulps) & (steps < solver.max_steps)
+        return ~finished(residual, previous, ulps) & (steps < max_steps)
 
     def body(carry):
         current, residual, _, _, steps = carry

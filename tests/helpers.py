@@ -1,10 +1,12 @@
 """Random problems, independent references in plain numpy, and finite differences."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from scipy.special import logsumexp, softmax
@@ -104,13 +106,13 @@ def _sparsemax(q, temperature):
 
 
 def solve_numpy(kind, dense, reward, discount, temperature, reference, sweeps: int = 20_000):
-    """(V, Q, pi) by value iteration: `sweeps` sweeps, or until they change nothing."""
+    """(V, Q, pi) by value iteration: `sweeps` sweeps, or until they change nothing but rounding."""
     value = np.zeros(len(reward))
     for _ in range(sweeps):
         new = conjugate_numpy(kind, reward + discount * (dense @ value), temperature, reference)[0]
-        if np.array_equal(new, value):
+        change, value = np.abs(new - value).max(), new
+        if change <= 4e-16 * np.abs(value).max():
             break
-        value = new
     q = reward + discount * (dense @ value)
     return value, q, conjugate_numpy(kind, q, temperature, reference)[1]
 
@@ -134,3 +136,44 @@ def random_like(seed: int, tree):
 
 def flat(tree) -> np.ndarray:
     return np.asarray(ravel_pytree(tree)[0])
+
+
+# A bilevel problem in which x makes all of the lower level: a dict, without constraints.
+
+_RNG = np.random.default_rng(0)
+WEIGHTS = _RNG.normal(size=STATES), _RNG.normal(size=(STATES, ACTIONS)), _RNG.normal(size=(STATES, ACTIONS))
+CONTEXTS = _RNG.normal(size=(2, STATES, ACTIONS))
+
+
+def upper_start(seed: int = 1):
+    rng = np.random.default_rng(seed)
+    return {
+        "reward": jnp.asarray(rng.normal(size=(STATES, ACTIONS))),
+        "transition": jnp.asarray(rng.normal(size=(STATES, ACTIONS, STATES))),
+        "discount": jnp.asarray(1.0),
+        "temperature": jnp.asarray(-0.5),
+        "reference": jnp.asarray(rng.normal(size=(STATES, ACTIONS))),
+    }
+
+
+def upper_mdp(x, contexts=None) -> bj.MDP:
+    """Reward, softmax transitions and sigmoid discount of x; `contexts` [C, S, A] shift the reward of each."""
+    reward = x["reward"] if contexts is None else x["reward"] + contexts
+    return bj.MDP(jax.nn.softmax(x["transition"]), reward, jax.nn.sigmoid(x["discount"]))
+
+
+def upper_regularizer(x, kind: str) -> bj.Regularizer:
+    return make_regularizer(kind, jnp.exp(x["temperature"]), jax.nn.softmax(x["reference"]))
+
+
+def upper_objective(x, solution):
+    """Nonlinear in value, q, policy and x; over all contexts if there are some."""
+    a, b, c = WEIGHTS
+    lower = jnp.sum(a * solution.value**2) + jnp.sum(b * jnp.sin(solution.q)) + jnp.sum(c * solution.policy**2)
+    return lower + 0.1 * jnp.sum(x["reward"] ** 2) * x["temperature"]
+
+
+@functools.cache
+def upper_problem(kind: str, contexts: bool = False) -> bj.BilevelProblem:
+    mdp = functools.partial(upper_mdp, contexts=CONTEXTS if contexts else None)
+    return bj.BilevelProblem(mdp, functools.partial(upper_regularizer, kind=kind), upper_objective)

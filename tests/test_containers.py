@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import bilevel_jax as bj
+from bilevel_jax.transitions import PolicyOperator
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
 NUMBERS = st.floats(-1e3, 1e3, width=64)
@@ -25,10 +26,11 @@ matrix = jax.jit(lambda kernel, w: kernel.under(w).matrix())
 @jax.jit
 def products(kernel, weights, v):
     """M v and M' v by every route there is."""
-    m = kernel.under(weights)
-    forward = jnp.stack([m.apply(v), m.T.apply_transpose(v), m.matrix() @ v, m.T.T.apply(v)])
-    backward = jnp.stack([m.apply_transpose(v), m.T.apply(v), v @ m.matrix(), m.T.matrix() @ v])
-    return forward, backward
+    forward, backward = [], []
+    for m in (kernel.under(weights), PolicyOperator(kernel, weights), PolicyOperator(kernel, weights).T.fold().T):
+        forward += [m.apply(v), m.T.apply_transpose(v), m.matrix() @ v, m.T.T.apply(v)]
+        backward += [m.apply_transpose(v), m.T.apply(v), v @ m.matrix(), m.T.matrix() @ v]
+    return jnp.stack(forward), jnp.stack(backward)
 
 
 @st.composite
@@ -66,7 +68,7 @@ def test_under_folds_the_weights(kernel, weights, v):
     np.testing.assert_allclose(matrix(kernel, weights), brute, rtol=1e-12, atol=1e-13 * size)
     forward, backward = products(kernel, weights, v)
     for got, want in [(forward, brute @ v), (backward, brute.T @ v)]:
-        np.testing.assert_allclose(got, np.tile(want, (4, 1)), rtol=1e-12, atol=1e-13 * size * np.abs(v).max())
+        np.testing.assert_allclose(got, np.tile(want, (12, 1)), rtol=1e-12, atol=1e-13 * size * np.abs(v).max())
 
 
 def test_dense_and_successor_agree():

@@ -373,6 +373,24 @@ def test_problem_seed_of_sweep_out_of_range(seed, tmp_path):
         load(path, [f"sweep.problem.seed=[{seed}]"])
 
 
+@pytest.mark.parametrize("key", ["seed", "problem.seed"])
+@pytest.mark.parametrize("points", ["[0.0, 1.0]", "['0', '1']"])
+def test_seeds_of_a_sweep_are_integers(key, points, tmp_path):
+    config = load(runner_helpers.write(tmp_path, SYNTHETIC), [f"sweep.{key}={points}"])
+    seeds = [point[key] for point in config.grid]
+    assert seeds == [0, 1]
+    assert all(isinstance(seed, int) for seed in seeds)
+
+
+@pytest.mark.parametrize("value", ["!!int abc", "!!float abc", "!!timestamp abc"])
+def test_value_that_is_not_of_its_tag(value, tmp_path):
+    good, bad = SYNTHETIC, SYNTHETIC + f"seed: {value}\n"
+    called = runner_helpers.run(runner_helpers.write(tmp_path, good), tmp_path / "out", [f"seed={value}"])
+    assert_refused(called, ["seed"], tmp_path / "out")
+    called = runner_helpers.run(runner_helpers.write(tmp_path, bad), tmp_path / "out")
+    assert_refused(called, ["YAML"], tmp_path / "out")
+
+
 def test_first_error_is_one_of_the_file_even_with_good_overrides(tmp_path):
     path = runner_helpers.write(tmp_path, SYNTHETIC + "recrd_every: 3\n", "bad.yaml")
     called = runner_helpers.run(path, tmp_path / "out", ["iterations=4", "seed=3"])
@@ -584,6 +602,14 @@ def test_abbreviated_section(text, expected, tmp_path):
 )
 def test_override_in_an_abbreviated_section(override, key, expected, tmp_path):
     assert leaf(load(runner_helpers.write(tmp_path, "problem: synthetic\n"), [override]), key) == expected
+
+
+def test_overrides_of_a_name_and_then_of_its_options(tmp_path):
+    path = runner_helpers.write(tmp_path, "problem: synthetic\n")
+    values = load(path, ["optimizer=sgd", "optimizer.clip_norm=0.5"]).values
+    assert values["optimizer"] == {"name": "sgd", "learning_rate": 0.1, "clip_norm": 0.5}
+    values = load(path, ["problem=four_rooms", "problem.beta=3"]).values
+    assert values["problem"]["name"] == "four_rooms"
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,12 @@ class Synthetic(eqx.Module):
 
 
 def synthetic(options: SyntheticOptions) -> Synthetic:
-    """Draw a problem. Raises InputError for sizes below 1 (2 states) or a discount out of range."""
+    """Draw a problem. Raises InputError for sizes, a seed, a discount or a temperature out of range."""
     for name, least in (("states", 2), ("actions", 1), ("dimension", 1)):
-        if not least <= getattr(options, name) <= MOST:
-            raise InputError(f"{name} must be from {least} to {MOST}, got {getattr(options, name)}")
+        size = getattr(options, name)
+        if not least <= size <= MOST:
+            limit = f"at least {least}" if size < least else f"at most {MOST}"
+            raise InputError(f"{name} must be {limit}, got {size}")
     if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
         raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
     shape = (options.states, options.actions)

@@ -201,20 +201,28 @@ def implicit_gradient(
       solution: value and policy at which to linearize.
       adjoint: linear solver for w, from `guess` [S] (zeros if None).
     """
-    mdp, regularizer = lower_level(problem, x)
 
-    def upper(x, value):
-        objective = problem.objective(x, read(*lower_level(problem, x), value))
+    # theta: the floating-point leaves of MDP and regularizer. x is pulled back through them once.
+    def leaves_at(x):
+        return eqx.partition(lower_level(problem, x), eqx.is_inexact_array)
+
+    theta, pull_theta, rest = jax.vjp(leaves_at, x, has_aux=True)
+
+    def upper(x, theta, value):
+        mdp, regularizer = eqx.combine(theta, rest)
+        objective = problem.objective(x, read(mdp, regularizer, value))
         if jnp.shape(objective) != ():
             raise InputError(f"objective(x, solution) must return a scalar, got shape {list(jnp.shape(objective))}")
         return objective
 
-    objective, pull_upper = jax.vjp(upper, x, solution.value)
-    direct, cotangent = pull_upper(jnp.ones_like(objective))
+    objective, pull_upper = jax.vjp(upper, x, theta, solution.value)
+    direct, of_theta, cotangent = pull_upper(jnp.ones_like(objective))
+    mdp, regularizer = eqx.combine(theta, rest)
     w, stats = _solve_adjoint(mdp, regularizer, solution.policy, cotangent, guess, solver=adjoint)
-    _, pull_backup = jax.vjp(lambda x: over_batch(backup)(*lower_level(problem, x), solution.value), x)
-    (implicit,) = pull_backup(w)
-    return Hypergradient(objective, jax.tree.map(jnp.add, direct, implicit), solution, w, stats)
+    _, pull_backup = jax.vjp(lambda theta: over_batch(backup)(*eqx.combine(theta, rest), solution.value), theta)
+    of_theta = jax.tree.map(jnp.add, of_theta, *pull_backup(w))
+    gradient = jax.tree.map(jnp.add, direct, *pull_theta(of_theta))
+    return Hypergradient(objective, gradient, solution, w, stats)
 
 
 @over_batch

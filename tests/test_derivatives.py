@@ -152,8 +152,10 @@ def ravel(tree):
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("kind", "layout"), [("kl", "successor"), ("tsallis", "dense")])
+@pytest.mark.parametrize(
+    ("kind", "layout", "mode"),
+    [*(("kl", "successor", mode) for mode in MODES), ("tsallis", "dense", "forward over reverse")],
+)
 def test_hessian_vector_products(kind, layout, mode):
     theta = parameters(kind, layout)
     d = direction(theta, layout)

@@ -154,7 +154,11 @@ def ravel(tree):
 
 @pytest.mark.parametrize(
     ("kind", "layout", "mode"),
-    [*(("kl", "successor", mode) for mode in MODES), ("tsallis", "dense", "forward over reverse")],
+    [
+        *(("kl", "successor", mode) for mode in MODES),
+        ("tsallis", "dense", "forward over reverse"),
+        ("shannon", "dense", "forward over reverse"),
+    ],
 )
 def test_hessian_vector_products(kind, layout, mode):
     theta = parameters(kind, layout)

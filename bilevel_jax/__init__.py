@@ -1,8 +1,10 @@
 """Differentiable regularized Markov decision processes and bilevel reinforcement learning in JAX."""
 
-from bilevel_jax import algorithms, problems
+from bilevel_jax import agents, algorithms, environments, estimators, problems
 from bilevel_jax.adjoint import GMRES, Descent, Direct, LinearSolver, LinearStats, Neumann, policy_value
 from bilevel_jax.errors import ConvergenceError, InputError
+from bilevel_jax.estimators import SampledBilevelProblem, SampledProblem
+from bilevel_jax.functions import Linear, Table
 from bilevel_jax.hypergradient import BilevelProblem, Hypergradient, Implicit, Problem, hypergradient
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy, TsallisEntropy
@@ -23,6 +25,7 @@ __all__ = [
     "Implicit",
     "InputError",
     "KLDivergence",
+    "Linear",
     "LinearSolver",
     "LinearStats",
     "Neumann",
@@ -30,16 +33,22 @@ __all__ = [
     "Problem",
     "Regularizer",
     "Result",
+    "SampledBilevelProblem",
+    "SampledProblem",
     "ShannonEntropy",
     "Solution",
     "SolveStats",
     "Solver",
     "SuccessorTransition",
+    "Table",
     "Transition",
     "TsallisEntropy",
     "ValueIteration",
+    "agents",
     "algorithms",
     "check",
+    "environments",
+    "estimators",
     "hypergradient",
     "policy_value",
     "problems",

@@ -22,18 +22,20 @@ CORE = sorted(name for name in MODULES if not name.startswith("bilevel_jax.runne
 LAYERS = [
     {"errors"},
     {"results", "validation", "batching"},
-    {"transitions"},
+    {"transitions", "functions"},
     {"mdp"},
-    {"regularizers"},
-    {"bellman"},
+    {"regularizers", "environments"},
+    {"bellman", "preferences"},
     {"adjoint"},
     {"solvers"},
     {"hypergradient"},
+    {"estimators"},
+    {"agents"},
     {"algorithms"},
     {"runner"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-# Problems describe MDPs and evaluate policies; they know nothing of solving or of gradients.
+# Problems describe MDPs and simulators and evaluate policies; they know nothing of solving or of gradients.
 LEVEL["problems"] = LEVEL["adjoint"] + 0.5
 
 FOREIGN = {"matplotlib", "yaml", "pydantic", "tqdm", "argparse", "pathlib", "csv"}
@@ -88,7 +90,7 @@ def documented(function):
 
 
 # What these say of their methods holds for every class that keeps the protocol, by inheritance or not.
-PROTOCOLS = (bj.Problem, Reports)
+PROTOCOLS = (bj.Problem, bj.SampledProblem, Reports)
 
 
 def first_definition(cls, name):
@@ -120,7 +122,8 @@ def test_all_is_sorted_and_complete():
     public = {
         name
         for name, thing in vars(bj).items()
-        if not name.startswith("_") and (not inspect.ismodule(thing) or name in {"algorithms", "problems"})
+        if not name.startswith("_")
+        and (not inspect.ismodule(thing) or name in {"agents", "algorithms", "environments", "estimators", "problems"})
     }
     assert public == set(bj.__all__)
 

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.adjoint import policy_value
+from bilevel_jax.environments import TabularEnvironment
 from bilevel_jax.errors import InputError
+from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.problems.grid import Grid, dynamics, parse_map
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import Transition
+from bilevel_jax.validation import as_float, require_at_least, require_finite
 
 MAP = """
 xxxxxxxxxxxxx
@@ -49,6 +52,7 @@ class FourRoomsOptions:
     origin: (row, column) where the agent starts.
     target: (row, column) of the cell that the designer likes.
     transition: "dense" or "successor", how the dynamics are stored.
+    horizon: steps of a sampled trajectory (published: 200).
     """
 
     temperature: float = 0.003
@@ -60,6 +64,7 @@ class FourRoomsOptions:
     origin: tuple[int, int] = (4, 1)
     target: tuple[int, int] = (8, 4)
     transition: str = "dense"
+    horizon: int = 200
 
 
 class FourRooms(eqx.Module):
@@ -67,7 +72,8 @@ class FourRooms(eqx.Module):
 
     penalty[c] = -max_penalty * softmax(w)[c]: the agent pays it for acting in cell c, except at its
     goal. Acting at the goal pays 1 and ends the episode (discount 0 there). The designer maximises the
-    discounted sum of 1 in the target cell and -beta * sum_c |penalty[c]| at the goal.
+    discounted sum of 1 in the target cell and -beta * sum_c |penalty[c]| at the goal. Sampled, a
+    trajectory is cut after `horizon` steps.
     """
 
     transition: Transition
@@ -78,22 +84,35 @@ class FourRooms(eqx.Module):
     at_goal: jax.Array  # bool [C, S]
     at_target: jax.Array  # bool [S]
     initial: jax.Array  # [S]
+    environment: TabularEnvironment
+    horizon: int = eqx.field(static=True)
 
     def __init__(self, options: FourRoomsOptions):
         grid = self.grid
         states = len(grid.cells)
         self.transition = dynamics(grid, options.slip, options.transition)
         self.temperature = ShannonEntropy(options.temperature).temperature
-        self.beta = jnp.asarray(options.beta, float)
+        self.beta = as_float("beta", options.beta, float)
         self.discount = jnp.asarray(options.discount, float)
-        self.max_penalty = jnp.asarray(options.max_penalty, float)
+        self.max_penalty = as_float("max_penalty", options.max_penalty, float)
+        require_finite("beta", self.beta)
+        require_finite("max_penalty", self.max_penalty)
+        require_at_least("max_penalty", self.max_penalty, 0, "0 leaves the designer nothing to distribute")
         if not options.goals:
             raise InputError("goals: give at least one (row, column)")
         goals = np.array([grid.state("goals", goal) for goal in options.goals])
         self.at_goal = jnp.asarray(np.arange(states) == goals[:, None])
         self.at_target = jnp.asarray(np.arange(states) == grid.state("target", options.target))
         self.initial = jnp.asarray(np.arange(states) == grid.state("origin", options.origin), float)
-        self.mdp(jnp.zeros(states + 1))  # checks the discount where it is known
+        self.horizon = options.horizon
+        mdp = self.mdp(jnp.zeros(states + 1))  # checks the discount where it is known
+        by_successor = dynamics(grid, options.slip, "successor")
+        self.environment = TabularEnvironment(mdp.replace(transition=by_successor))
+
+    @property
+    def trajectories(self) -> int:
+        """One trajectory a loss."""
+        return 1
 
     @property
     def grid(self) -> Grid:
@@ -118,10 +137,22 @@ class FourRooms(eqx.Module):
         return ShannonEntropy(self.temperature)
 
     def objective(self, x, solution):
-        price = self.beta * jnp.sum(jnp.abs(self.incentive(x)))
-        reward = jnp.where(self.at_goal, -price, 0) + self.at_target.astype(price.dtype)
-        value = policy_value(self._process(reward[..., None]), solution.policy)
+        value = policy_value(self._process(self._designer_reward(x)[..., None]), solution.policy)
         return -jnp.mean(value @ self.initial)
+
+    def reward(self, x):
+        return Table(self.mdp(x).reward.reshape(-1, self.transition.shape[-1]))
+
+    def loss(self, key, x, trajectories):
+        del key
+        reward = self._designer_reward(x).reshape(-1)[trajectories.observation[0]]
+        discounted = reward * self.discount ** jnp.arange(self.horizon, dtype=reward.dtype)
+        return -jnp.where(trajectories.valid[0], discounted, 0)
+
+    def _designer_reward(self, x: jax.Array) -> jax.Array:
+        """What the designer gets in each context and state, [C, S]."""
+        price = self.beta * jnp.sum(jnp.abs(self.incentive(x)))
+        return jnp.where(self.at_goal, -price, 0) + self.at_target.astype(price.dtype)
 
     def _process(self, reward: jax.Array) -> MDP:
         """The agent's dynamics in each context with a reward [C, S, A] or [C, S, 1]."""

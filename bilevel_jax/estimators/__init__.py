@@ -1,0 +1,32 @@
+"""Hyper-gradients from trajectories: the sampled problem, the estimator, and its parts."""
+
+from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut, NoBaseline, StateBaseline
+from bilevel_jax.estimators.estimate import Estimate, estimate, estimate_from, sample_groups
+from bilevel_jax.estimators.problem import SampledBilevelProblem, SampledProblem
+from bilevel_jax.estimators.responses import (
+    Exact,
+    LearnedCritic,
+    NestedRollouts,
+    OneStep,
+    Response,
+    SharedRollouts,
+)
+
+__all__ = [
+    "Baseline",
+    "Estimate",
+    "Exact",
+    "LearnedCritic",
+    "LeaveOneOut",
+    "NestedRollouts",
+    "NoBaseline",
+    "OneStep",
+    "Response",
+    "SampledBilevelProblem",
+    "SampledProblem",
+    "SharedRollouts",
+    "StateBaseline",
+    "estimate",
+    "estimate_from",
+    "sample_groups",
+]

@@ -1,0 +1,124 @@
+"""The trajectory estimator of the hyper-gradient (Yang, Gao and Yuan 2025, SoBiRL)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from bilevel_jax.environments import Trajectory, rollout
+from bilevel_jax.errors import InputError
+from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut
+from bilevel_jax.estimators.problem import SampledProblem, temperature_of
+from bilevel_jax.estimators.responses import Response
+from bilevel_jax.functions import ActionFunction
+
+
+class Estimate(NamedTuple):
+    """`value`: the mean loss, an estimate of phi(x). `gradient`: of the hyper-gradient, a pytree as x.
+
+    `groups`: the trajectories [N, I, H] behind them, and what each group still had to pay at each
+    step, `to_go` [N, H].
+    """
+
+    value: jax.Array
+    gradient: Any
+    groups: Trajectory
+    to_go: jax.Array
+
+
+def sample_groups(
+    key: jax.Array, problem: SampledProblem, policy: ActionFunction, batch: int, first: Any = 0
+) -> Trajectory:
+    """N = batch groups of I trajectories, [N, I, H], under a policy. `first`: number of the first group."""
+    size = problem.trajectories
+    sampled = rollout(
+        key,
+        problem.environment,
+        policy,
+        batch=batch * size,
+        horizon=problem.horizon,
+        first=jnp.asarray(first, jnp.uint32) * size,
+    )
+    return jax.tree.map(lambda leaf: leaf.reshape(batch, size, *leaf.shape[1:]), sampled)
+
+
+def estimate(
+    key: jax.Array,
+    problem: SampledProblem,
+    x: Any,
+    policy: ActionFunction,
+    *,
+    batch: int,
+    response: Response,
+    response_state: Any = None,
+    baseline: Baseline | None = None,
+    baseline_state: Any = None,
+) -> Estimate:
+    """Draw N = batch groups under `policy` and estimate the hyper-gradient from them.
+
+      grad phi = E[dl/dx] + E[ sum_i sum_h l (dQ* - dV*)[s_h, a_h] ] / temperature
+
+    Args:
+      policy: the lower level's answer at x; the estimate is of its hyper-gradient as if it were optimal.
+      response: estimator of dQ* - dV*.
+      response_state: what `response.init` or `update` returned.
+      baseline: subtracted from l; None is `LeaveOneOut()`.
+      baseline_state: what `baseline.init` or `update` returned, from earlier batches.
+
+    Raises:
+      InputError: the regularizer is no entropy, the loss is neither a scalar nor [H].
+    """
+    for_groups, for_rest = jax.random.split(key)
+    groups = sample_groups(for_groups, problem, policy, batch)
+    return estimate_from(for_rest, problem, x, policy, groups, response, response_state, baseline, baseline_state)
+
+
+def estimate_from(
+    key: jax.Array,
+    problem: SampledProblem,
+    x: Any,
+    policy: ActionFunction,
+    groups: Trajectory,
+    response: Response,
+    response_state: Any = None,
+    baseline: Baseline | None = None,
+    baseline_state: Any = None,
+    weights: jax.Array | None = None,
+) -> Estimate:
+    """`estimate` from groups [N, I, H] that were drawn already; with importance weights [N] under any policy."""
+    baseline = LeaveOneOut() if baseline is None else baseline
+    for_loss, for_response = jax.random.split(key)
+    count, horizon = groups.action.shape[0], groups.action.shape[-1]
+    loss_keys = jax.vmap(jax.random.fold_in, (None, 0))(for_loss, jnp.arange(count))
+    weights = jnp.ones(count) if weights is None else weights
+    temperature = temperature_of(problem, x)
+
+    def paid(x):
+        losses = jax.vmap(problem.loss, (0, None, 0))(loss_keys, x, groups)
+        if losses.shape not in ((count,), (count, horizon)):
+            raise InputError(
+                f"loss: expected a scalar or [H] = [{horizon}] for each group, got shape {list(losses.shape[1:])}"
+            )
+        scaled = weights.astype(losses.dtype).reshape(-1, *(1,) * (losses.ndim - 1)) * losses
+        return jnp.sum(scaled) / count, losses
+
+    def surrogate(x):
+        value, losses = paid(x)
+        losses = stop_gradient(losses)
+        # What is still to pay at a step; of a loss paid as a whole, all of it.
+        to_go = (
+            jnp.broadcast_to(losses[:, None], (count, horizon))
+            if losses.ndim == 1
+            else jnp.cumsum(losses[:, ::-1], 1)[:, ::-1]
+        )
+        credit = to_go[:, None] - baseline.values(baseline_state, problem, groups, to_go)
+        credit = jnp.where(groups.valid, credit * weights.astype(to_go.dtype)[:, None, None], 0) / count
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+        answer = response.surrogate(
+            for_response, response_state, problem, x, policy, flat, stop_gradient(credit.reshape(-1, horizon))
+        )
+        return value + answer / temperature, (value, to_go)
+
+    gradient, (value, to_go) = jax.grad(surrogate, has_aux=True)(x)
+    return Estimate(value, gradient, groups, to_go)

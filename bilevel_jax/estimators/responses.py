@@ -1,0 +1,307 @@
+"""How the policy answers to x: estimators of dQ* - dV* at visited pairs.
+
+For an entropy, grad log pi*(a | s) = (dQ*[s, a] - dV*[s]) / temperature, and dQ*, dV* are discounted sums
+of dr under pi* (Yang, Gao and Yuan 2025). Each estimator turns credits c, one a visited pair, into a
+scalar whose gradient in x is an estimate of sum c (dQ* - dV*): one backward pass serves them all, and
+no vector as wide as x is held for a state, except by `LearnedCritic`, whose purpose it is.
+
+On a table, with W[s, a] the credits summed over the visits of a pair and w = W - pi sum_a W:
+sum c (dQ* - dV*) = <w, dQ*>, since dV* = sum_a pi dQ*.
+"""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jax.lax import stop_gradient
+
+from bilevel_jax.adjoint import policy_value
+from bilevel_jax.bellman import action_values
+from bilevel_jax.environments import TabularEnvironment, Trajectory, rollout, rollout_from, trajectory_keys
+from bilevel_jax.errors import InputError
+from bilevel_jax.estimators.problem import SampledProblem, discounts, require_tabular, reward_table
+from bilevel_jax.functions import ActionFunction, tabulate
+from bilevel_jax.hypergradient import Problem
+from bilevel_jax.mdp import over_batch
+
+
+class Response(eqx.Module):
+    """The protocol. Only a response that learns has a state."""
+
+    def init(self, problem: SampledProblem, x: Any) -> Any:
+        """The state before anything was learned; None for estimators that learn nothing."""
+        del problem, x
+
+    def update(self, key: jax.Array, state: Any, problem: SampledProblem, x: Any, policy: ActionFunction) -> Any:
+        """Learn from samples of its own at x."""
+        del key, problem, x, policy
+        return state
+
+    @abc.abstractmethod
+    def surrogate(
+        self,
+        key: jax.Array,
+        state: Any,
+        problem: SampledProblem,
+        x: Any,
+        policy: ActionFunction,
+        trajectories: Trajectory,
+        credit: jax.Array,
+    ) -> jax.Array:
+        """A scalar whose gradient in x estimates sum_bh credit[b, h] (dQ* - dV*)[s_bh, a_bh].
+
+        Args:
+          trajectories: [B, H], drawn under `policy`. Constants for derivatives.
+          credit: [B, H], 0 on steps that are not valid.
+        """
+
+    def environment_steps(self, problem: SampledProblem, batch: int) -> int:
+        """Steps of the simulator that `update` and `surrogate` take for B = batch trajectories."""
+        del problem, batch
+        return 0
+
+
+class Exact(Response):
+    """dQ* - dV* of the model: the reference for all others, and for lower variance where the model is known.
+
+    The problem must have the methods of `bilevel_jax.Problem` as well.
+    """
+
+    def surrogate(self, key, state, problem, x, policy, trajectories, credit):
+        del key, state
+        if not isinstance(problem, Problem):
+            raise InputError(
+                f"problem: Exact() needs the model, but {type(problem).__name__} has no mdp(x) and objective; use "
+                f"NestedRollouts or OneStep"
+            )
+        environment = require_tabular(problem, "Exact()")
+        mdp = problem.mdp(x)
+        mdp = eqx.tree_at(lambda m: m.reward, stop_gradient(mdp), mdp.reward)
+        pi = tabulate(policy, environment.num_states).values
+        weights = centred_weights(environment, pi, trajectories, credit).reshape(mdp.reward.shape)
+        value = policy_value(mdp, pi.reshape(mdp.reward.shape).astype(mdp.reward.dtype))
+        q = over_batch(lambda m, _, v: action_values(m, v))(mdp, problem.regularizer(x), value)
+        return jnp.sum(weights * q)
+
+
+class OneStep(Response):
+    """dQ* - dV* ~ dr(s, a) - E_pi dr(s, .): the authors' code (`SoBiPreferenceModel.rewards`, reduce_var).
+
+    Exact for discount 0; otherwise biased, see docs/sampling.md for how much.
+    """
+
+    def surrogate(self, key, state, problem, x, policy, trajectories, credit):
+        del key, state
+        reward = problem.reward(x)
+
+        def advantage(observation: Any, action: jax.Array) -> jax.Array:
+            rewards = reward(observation)
+            return rewards[action] - jnp.sum(stop_gradient(policy(observation)) * rewards)
+
+        flat = jax.tree.map(_flatten, (trajectories.observation, trajectories.action))
+        return jnp.sum(_flatten(credit) * jax.vmap(advantage)(*flat))
+
+
+class NestedRollouts(Response):
+    """Two rollouts from each visited pair: one that takes its action gives dQ*, one that draws anew dV*.
+
+    Both are drawn with the same random numbers, so that what they share cancels; they are independent
+    of the trajectories that earned the credit, so that the product of both is unbiased up to the
+    truncation: at most 2 discount^length / (1 - discount) max |dr| a unit of credit.
+
+    Args:
+      length: steps of each rollout (static).
+      copies: pairs of rollouts from each visited pair (static).
+      coupled: False draws the two with independent numbers.
+      visits: rollouts from this many steps of each trajectory only, drawn with replacement in proportion
+        to |credit| and weighted to stay unbiased (static); None takes all steps.
+
+    Raises:
+      InputError: sizes below 1.
+    """
+
+    length: int = eqx.field(static=True)
+    copies: int = eqx.field(default=1, static=True)
+    coupled: bool = eqx.field(default=True, static=True)
+    visits: int | None = eqx.field(default=None, static=True)
+
+    def __check_init__(self):
+        _require_sizes(length=self.length, copies=self.copies, visits=1 if self.visits is None else self.visits)
+
+    def surrogate(self, key, state, problem, x, policy, trajectories, credit):
+        del state
+        keys = jax.random.split(key, 3)
+        origin = (trajectories.state, trajectories.action)
+        if self.visits is not None:
+            chosen, credit = _draw_visits(keys[0], credit, self.visits)
+            origin = jax.tree.map(lambda leaf: jax.vmap(lambda row, at: row[at])(leaf, chosen), origin)
+        states, actions, credit = jax.tree.map(
+            lambda leaf: jnp.repeat(_flatten(leaf), self.copies, 0), (*origin, credit)
+        )
+        from_pairs = trajectory_keys(keys[1], credit.shape[0])
+        from_states = from_pairs if self.coupled else trajectory_keys(keys[2], credit.shape[0])
+        run = {"environment": problem.environment, "policy": policy, "states": states, "horizon": self.length}
+        with_action, _ = rollout_from(from_pairs, actions=actions, **run)
+        drawn, _ = rollout_from(from_states, **run)
+        difference = _returns(problem, x, with_action) - _returns(problem, x, drawn)
+        return jnp.sum(credit * difference) / self.copies
+
+    def environment_steps(self, problem, batch):
+        visits = problem.horizon if self.visits is None else self.visits
+        return 2 * batch * visits * self.copies * self.length
+
+
+class SharedRollouts(Response):
+    """`copies` rollouts from every pair of a table, shared by all its visits.
+
+    As independent of the trajectories as `NestedRollouts`, hence as unbiased, at a cost that does not
+    depend on how many steps the trajectories have: S A copies length steps.
+
+    Args:
+      length: steps of each rollout (static).
+      copies: rollouts from each pair (static).
+
+    Raises:
+      InputError: sizes below 1; the environment is not tabular.
+    """
+
+    length: int = eqx.field(static=True)
+    copies: int = eqx.field(default=1, static=True)
+
+    def __check_init__(self):
+        _require_sizes(length=self.length, copies=self.copies)
+
+    def surrogate(self, key, state, problem, x, policy, trajectories, credit):
+        del state
+        environment = require_tabular(problem, "SharedRollouts")
+        pi = tabulate(policy, environment.num_states).values
+        weights = centred_weights(environment, pi, trajectories, credit)
+        pairs = jnp.repeat(jnp.arange(weights.size, dtype=jnp.int32), self.copies)
+        states, actions = jnp.divmod(pairs, environment.num_actions)
+        sampled, _ = rollout_from(
+            trajectory_keys(key, pairs.size), environment, policy, states, horizon=self.length, actions=actions
+        )
+        return jnp.sum(weights.reshape(-1)[pairs] * _returns(problem, x, sampled)) / self.copies
+
+    def environment_steps(self, problem, batch):
+        del batch
+        environment = require_tabular(problem, "SharedRollouts")
+        return environment.num_states * environment.num_actions * self.copies * self.length
+
+
+class LearnedCritic(Response):
+    """A table G[S, A, |x|] of dQ*, learned by expected SARSA on dr from trajectories of its own.
+
+      G[s, a] <- G[s, a] + alpha (dr[s, a] + discount sum_a' pi[s', a'] G[s', a'] - G[s, a]),
+
+    the corrections of one sweep averaged over the visits of a pair, alpha = 1 / (1 + visits of the pair
+    so far)^power. It is carried from one upper iteration to the next and biased until it has caught up.
+
+    Args:
+      batch, length: trajectories of an update and their steps (static).
+      sweeps: passes over them (static).
+      power: of the step size's decay; 0 takes the mean correction whole.
+
+    Raises:
+      InputError: sizes below 1; the environment is not tabular.
+    """
+
+    batch: int = eqx.field(default=64, static=True)
+    length: int = eqx.field(default=50, static=True)
+    sweeps: int = eqx.field(default=1, static=True)
+    power: Any = 0.5
+
+    def __check_init__(self):
+        _require_sizes(batch=self.batch, length=self.length, sweeps=self.sweeps)
+
+    def init(self, problem, x):
+        environment = require_tabular(problem, "LearnedCritic")
+        size = ravel_pytree(x)[0].size
+        pairs = environment.num_states * environment.num_actions
+        dtype = ravel_pytree(x)[0].dtype
+        return jnp.zeros((pairs, size), dtype), jnp.zeros(pairs, dtype)
+
+    def update(self, key, state, problem, x, policy):
+        environment = require_tabular(problem, "LearnedCritic")
+        flat, unravel = ravel_pytree(x)
+        jacobian = jax.jacobian(lambda f: reward_table(problem, unravel(f), environment.num_states).reshape(-1))(flat)
+        pi = tabulate(policy, environment.num_states).values.astype(flat.dtype)
+        sampled = rollout(key, environment, policy, batch=self.batch, horizon=self.length)
+        pair = (sampled.observation * environment.num_actions + sampled.action).reshape(-1)
+        count = jnp.zeros(jacobian.shape[0], flat.dtype).at[pair].add(sampled.valid.reshape(-1).astype(flat.dtype))
+        # What follows a pair on average over its visits: rows of an empirical transition, [S A, S].
+        follows = jnp.where(sampled.valid & ~sampled.terminated, problem.discount, 0).reshape(-1).astype(flat.dtype)
+        empirical = jnp.zeros((jacobian.shape[0], environment.num_states), flat.dtype)
+        empirical = empirical.at[pair, sampled.next_observation.reshape(-1)].add(follows)
+        empirical = empirical / jnp.maximum(count, 1)[:, None]
+
+        def sweep(carry, _):
+            critic, visits = carry
+            visits = visits + count
+            step_size = jnp.where(count > 0, jnp.maximum(visits / jnp.maximum(count, 1), 1) ** -self.power, 0)
+            expected = jnp.einsum("sa,san->sn", pi, critic.reshape(*pi.shape, -1))
+            target = jacobian + empirical @ expected
+            return (critic + step_size[:, None] * (target - critic), visits), None
+
+        (critic, visits), _ = jax.lax.scan(sweep, state, None, length=self.sweeps)
+        return critic, visits
+
+    def surrogate(self, key, state, problem, x, policy, trajectories, credit):
+        del key
+        environment = require_tabular(problem, "LearnedCritic")
+        pi = tabulate(policy, environment.num_states).values
+        weights = centred_weights(environment, pi, trajectories, credit).reshape(-1)
+        gradient = stop_gradient(weights.astype(state[0].dtype) @ state[0])
+        return gradient @ ravel_pytree(x)[0]
+
+    def environment_steps(self, problem, batch):
+        del problem, batch
+        return self.batch * self.length
+
+
+def pair_weights(environment: TabularEnvironment, trajectories: Trajectory, credit: jax.Array) -> jax.Array:
+    """W[S, A]: the credits [B, H] summed over the visits of each pair."""
+    pair = trajectories.observation * environment.num_actions + trajectories.action
+    total = jnp.zeros(environment.num_states * environment.num_actions, credit.dtype)
+    return total.at[pair].add(credit).reshape(environment.num_states, -1)
+
+
+def centred_weights(
+    environment: TabularEnvironment, pi: jax.Array, trajectories: Trajectory, credit: jax.Array
+) -> jax.Array:
+    """w = W - pi sum_a W, [S, A], so that sum credit (dQ - dV) = <w, dQ>."""
+    weights = pair_weights(environment, trajectories, credit)
+    return stop_gradient(weights - pi.astype(weights.dtype) * jnp.sum(weights, -1, keepdims=True))
+
+
+def _returns(problem: SampledProblem, x: Any, sampled: Trajectory) -> jax.Array:
+    """The discounted sum of r_x along trajectories [B, H], differentiable in x, [B]."""
+    reward = problem.reward(x)
+    taken = jax.vmap(jax.vmap(lambda observation, action: reward(observation)[action]))(
+        sampled.observation, sampled.action
+    )
+    return jnp.sum(jnp.where(sampled.valid, taken * discounts(problem, taken.shape[1]), 0), 1)
+
+
+def _draw_visits(key: jax.Array, credit: jax.Array, visits: int) -> tuple[jax.Array, jax.Array]:
+    """Steps [B, visits] drawn in proportion to |credit| [B, H], and the credits that keep the sum unbiased."""
+    size = jnp.abs(credit)
+    total = jnp.sum(size, 1, keepdims=True)
+    chance = jnp.where(total > 0, size / jnp.where(total > 0, total, 1), 1 / credit.shape[1])
+    keys = trajectory_keys(key, credit.shape[0])
+    chosen = jax.vmap(lambda k, c: jax.random.choice(k, c.size, (visits,), p=c))(keys, chance)
+    taken = jnp.take_along_axis(credit, chosen, 1)
+    return chosen, jnp.sign(taken) * total / visits
+
+
+def _flatten(leaf: jax.Array) -> jax.Array:
+    return leaf.reshape(-1, *leaf.shape[2:])
+
+
+def _require_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"{name}: expected an integer of at least 1, got {size!r}")

@@ -5,22 +5,23 @@ result, so that an adjoint that failed cannot pass for a gradient.
 """
 
 import abc
+import functools
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.linalg import lu_factor, lu_solve
 from jax.scipy.sparse.linalg import gmres
 
 from bilevel_jax.batching import one_at_a_time_on_cpu
 from bilevel_jax.bellman import discounted_operator
-from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.results import Result
 from bilevel_jax.transitions import StateOperator
-from bilevel_jax.validation import as_float
+from bilevel_jax.validation import as_float, require_instance, require_setting
 
 # Below this many states a factorization is cheaper than Krylov iterations (docs/performance.md).
 DIRECT_LIMIT = 512
@@ -110,7 +111,7 @@ class GMRES(LinearSolver):
       max_cycles: cycles at most.
 
     Raises:
-      InputError: restart below 1.
+      InputError: restart below 1, tolerance or max_cycles below 0.
     """
 
     tolerance: Any = None
@@ -118,8 +119,10 @@ class GMRES(LinearSolver):
     max_cycles: Any = 100
 
     def __check_init__(self):
-        if self.restart < 1:
-            raise InputError(f"restart must be at least 1, got {self.restart}; 20 to 50 is usual")
+        if self.tolerance is not None:
+            require_setting("tolerance", self.tolerance, 0, "None chooses by the dtype")
+        require_setting("restart", self.restart, 1, "20 to 50 is usual", whole=True)
+        require_setting("max_cycles", self.max_cycles, 0, "100 is usual", whole=True)
 
     def relative_tolerance(self, dtype):
         if self.tolerance is None:
@@ -171,8 +174,7 @@ class Neumann(LinearSolver):
     terms: int = eqx.field(static=True)
 
     def __check_init__(self):
-        if self.terms < 0:
-            raise InputError(f"terms must be at least 0, got {self.terms}")
+        require_setting("terms", self.terms, 0, "0 keeps the first term alone", whole=True)
 
     def relative_tolerance(self, dtype):
         del dtype
@@ -195,8 +197,8 @@ class Descent(LinearSolver):
     steps: int = eqx.field(default=1, static=True)
 
     def __check_init__(self):
-        if self.steps < 1:
-            raise InputError(f"steps must be at least 1, got {self.steps}")
+        require_setting("step_size", self.step_size, 0, "0.5 is usual")
+        require_setting("steps", self.steps, 1, "1 is usual", whole=True)
 
     def relative_tolerance(self, dtype):
         del dtype
@@ -236,7 +238,8 @@ def linear_solve(
       solver: a `LinearSolver`.
       operator, rhs: M and b[S]; differentiable, in forward and reverse mode and repeatedly.
       transpose: solve with the transpose.
-      guess: start of an iterative solver, [S]; zeros if None. Not differentiated.
+      guess: start of an iterative solver for this right-hand side, [S]; zeros if None. Derivatives solve
+        for others: there it is neither used nor differentiated.
       share: prepare once for this solve and its derivatives. False prepares anew in each, which is
         cheaper where no derivative follows: nothing has to be kept.
       poison: return NaN in x, and in the hidden solves of derivatives, where a solve did not
@@ -245,25 +248,62 @@ def linear_solve(
     Returns:
       x[S] and `LinearStats`.
     """
-    frozen, frozen_solver, modulus = lax.stop_gradient((operator, jax.tree.map(jnp.asarray, solver), modulus))
+    solver = jax.tree.map(jnp.asarray, solver)
+    if guess is not None:
+        return _solve_from((transpose, share, poison), solver, operator, modulus, rhs, guess)
+    frozen, frozen_solver, modulus = lax.stop_gradient((operator, solver, modulus))
     prepared = frozen_solver.prepare(frozen) if share else None
-    start = jnp.zeros_like(rhs) if guess is None else lax.stop_gradient(guess)
 
-    def solve(_, b, flip=transpose):
-        # The guess belongs to this side; the other side's solves, in derivatives, start from zero.
-        first = start if flip == transpose else jnp.zeros_like(b)
-        x, steps = frozen_solver.solve(frozen, prepared, b, first, flip)
-        stats = _stats(frozen_solver, frozen.T if flip else frozen, modulus, x, b, steps, flip)
-        return (jnp.where(stats.result == Result.CONVERGED, x, jnp.nan) if poison else x), stats
+    def solve(b, flip):
+        return _solve_once(frozen_solver, prepared, frozen, modulus, b, jnp.zeros_like(b), flip, poison)
 
     system = operator.T if transpose else operator
     return lax.custom_linear_solve(
         lambda x: x - system.apply(x),
         rhs,
-        solve=solve,
-        transpose_solve=lambda _, b: solve(_, b, not transpose),
+        solve=lambda _, b: solve(b, transpose),
+        transpose_solve=lambda _, b: solve(b, not transpose),
         has_aux=True,
     )
+
+
+def _solve_once(solver, prepared, operator, modulus, rhs, guess, transpose, poison):
+    x, steps = solver.solve(operator, prepared, rhs, guess, transpose)
+    stats = _stats(solver, operator.T if transpose else operator, modulus, x, rhs, steps, transpose)
+    return (jnp.where(stats.result == Result.CONVERGED, x, jnp.nan) if poison else x), stats
+
+
+# `custom_linear_solve` has one `solve` for the right-hand side and for its tangents; a guess is right for one.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _solve_from(options, solver, operator, modulus, rhs, guess):
+    transpose, _, poison = options
+    return _solve_once(solver, None, operator, modulus, rhs, guess, transpose, poison)
+
+
+@_solve_from.defjvp
+def _solve_from_jvp(options, primals, tangents):
+    solver, operator, modulus, rhs, _ = primals
+    _, operator_dot, _, rhs_dot, _ = tangents
+    transpose, share, poison = options
+    x, stats = _solve_from(options, *primals)
+
+    def gap(operator, rhs):
+        return residual_of(operator.T if transpose else operator, x, rhs)
+
+    # A x = b, hence A dx = db - dA x.
+    _, gap_dot = jax.jvp(gap, (operator, rhs), (operator_dot, rhs_dot))
+    x_dot, _ = linear_solve(solver, operator, modulus, gap_dot, transpose=transpose, share=share, poison=poison)
+    return (x, stats), (x_dot, zero_tangents(stats))
+
+
+def zero_tangents(tree: Any) -> Any:
+    """The tangents of what is not differentiated."""
+
+    def zero(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
 
 
 def _stats(solver, system, modulus, x, rhs, steps, transpose) -> LinearStats:
@@ -284,11 +324,11 @@ def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = Non
     axes first, as in the MDP. NaN where the linear solve did not converge.
 
     Raises:
-      InputError: the policy's shape is not that of the reward.
+      InputError: the policy's shape is not that of the reward, or an argument of another type.
     """
-    policy = as_float("policy", policy, mdp.reward.dtype)
-    if policy.shape != mdp.reward.shape:
-        raise InputError(f"policy: expected shape {list(mdp.reward.shape)}, got {list(policy.shape)}")
+    require_instance("mdp", mdp, MDP)
+    require_instance("adjoint", adjoint, LinearSolver | None)
+    policy = as_float("policy", policy, mdp.reward.dtype, mdp.reward.shape)
     return _policy_value(mdp, _NoRegularizer(), policy, adjoint=adjoint)
 
 

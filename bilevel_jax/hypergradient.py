@@ -15,6 +15,7 @@ from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome
 from bilevel_jax.solvers import Solution, Solver, read_out, solve
+from bilevel_jax.validation import as_array, as_float, require_instance
 
 ReadOut = Callable[[MDP, Regularizer, jax.Array], Solution]
 
@@ -129,8 +130,14 @@ class Implicit(Method):
     solver: Solver | None = None
     adjoint: LinearSolver | None = None
 
+    def __check_init__(self):
+        require_instance("solver", self.solver, Solver | None)
+        require_instance("adjoint", self.adjoint, LinearSolver | None)
+
     def estimate(self, problem, x, initial_value, initial_adjoint):
         mdp, regularizer = lower_level(problem, x)
+        if initial_adjoint is not None:
+            initial_adjoint = as_float("initial_adjoint", initial_adjoint, mdp.reward.dtype, mdp.reward.shape[:-1])
         solution = solve(mdp, regularizer, solver=self.solver, adjoint=self.adjoint, initial_value=initial_value)
 
         def read(mdp, regularizer, value):
@@ -160,14 +167,29 @@ def hypergradient(
       `Hypergradient`. Itself differentiable in x: a jvp of its gradient is a Hessian-vector product.
 
     Raises:
-      InputError: x has leaves that are not floating point, or the objective is not a scalar.
+      InputError: x has leaves that are not floating point, the objective is not a scalar, a warm start
+        has another shape, or an argument another type.
     """
-    return _hypergradient(problem, as_upper_variable(x), method, initial_value, initial_adjoint)
+    require_problem(problem)
+    require_instance("method", method, Method | None)
+    starts = {"initial_value": initial_value, "initial_adjoint": initial_adjoint}
+    starts = {name: as_float(name, start) for name, start in starts.items() if start is not None}
+    return _hypergradient(problem, as_upper_variable(x), method, **starts)
 
 
 @jax.jit
-def _hypergradient(problem, x, method, initial_value, initial_adjoint):
+def _hypergradient(problem, x, method, initial_value=None, initial_adjoint=None):
     return (Implicit() if method is None else method).estimate(problem, x, initial_value, initial_adjoint)
+
+
+def require_problem(problem: Any) -> None:
+    """Raise InputError if the argument is no `Problem`, or one that jit cannot take."""
+    require_instance("problem", problem, Problem)
+    if jax.tree_util.all_leaves([problem]):
+        raise InputError(
+            f"problem: {type(problem).__name__} is no pytree; make it an equinox.Module, or use a "
+            f"bilevel_jax.BilevelProblem"
+        )
 
 
 def lower_level(problem: Problem, x: Any) -> tuple[MDP, Regularizer]:
@@ -210,9 +232,9 @@ def implicit_gradient(
 
     def upper(x, theta, value):
         mdp, regularizer = eqx.combine(theta, rest)
-        objective = problem.objective(x, read(mdp, regularizer, value))
-        if jnp.shape(objective) != ():
-            raise InputError(f"objective(x, solution) must return a scalar, got shape {list(jnp.shape(objective))}")
+        objective = as_float("objective(x, solution)", problem.objective(x, read(mdp, regularizer, value)))
+        if objective.shape != ():
+            raise InputError(f"objective(x, solution) must return a scalar, got shape {list(objective.shape)}")
         return objective
 
     objective, pull_upper = jax.vjp(upper, x, theta, solution.value)
@@ -236,10 +258,10 @@ def as_upper_variable(x: Any) -> Any:
     """x with array leaves. Raises InputError where a leaf is not floating point."""
 
     def convert(path, leaf):
-        leaf = jnp.asarray(leaf)
+        where = f"x{jax.tree_util.keystr(path)}"
+        leaf = as_array(where, leaf)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            where = jax.tree_util.keystr(path)
-            raise InputError(f"x{where}: expected floating-point numbers, got {leaf.dtype}; use x.astype(float)")
+            raise InputError(f"{where}: expected floating-point numbers, got {leaf.dtype}; use x.astype(float)")
         return leaf
 
     return jax.tree_util.tree_map_with_path(convert, x)

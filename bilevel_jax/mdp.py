@@ -41,7 +41,8 @@ class MDP(eqx.Module):
         reward = as_float("reward", reward)
         if reward.ndim < 2:
             raise InputError(f"reward: expected shape [S, A] (batch axes first), got {list(reward.shape)}")
-        dtype = jnp.promote_types(kernel.dtype, reward.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # widening is what is promised, also where jax is strict
+            dtype = jnp.promote_types(kernel.dtype, reward.dtype)
         states, actions = reward.shape[-2:]
         batch = reward.shape[:-2]
         if states == 0 or actions == 0:

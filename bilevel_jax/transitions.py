@@ -264,7 +264,7 @@ class SuccessorTransition(Transition):
 
 def _gather(values: jax.Array, index: jax.Array) -> jax.Array:
     # Indices are checked when the kernel is built; skipping the clamp is worth a factor of 2 and more.
-    return values.at[index].get(mode="promise_in_bounds")
+    return jnp.asarray(values).at[index].get(mode="promise_in_bounds")
 
 
 def _scatter(masses: jax.Array, index: jax.Array, size: int) -> jax.Array:

@@ -5,7 +5,8 @@ Shapes are always known and are checked by the containers themselves.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +30,39 @@ def as_array(name: str, value: Any) -> jax.Array:
         raise InputError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
 
 
-def as_float(name: str, value: Any, dtype: Any = None) -> jax.Array:
-    """`value` as a floating-point array; a clear error if it is not one."""
+def as_float(name: str, value: Any, dtype: Any = None, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """`value` as a floating-point array, of a dtype and a shape if given; a clear error if it is not one."""
     array = as_array(name, value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
         raise InputError(f"{name}: expected real numbers, got {array.dtype}; take the real part")
+    if shape is not None and array.shape != shape:
+        raise InputError(f"{name}: expected shape {list(shape)}, got {list(array.shape)}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         array = array.astype(dtype or jnp.result_type(float))
     return array if dtype is None else array.astype(dtype)
 
 
+def require_instance(name: str, value: Any, kind: Any) -> None:
+    """Raise if `value` is no instance of `kind`, a class or a union such as `Solver | None`."""
+    is_class = isinstance(value, type)
+    if is_class or not isinstance(value, kind):
+        wanted = " or ".join("None" if k is NoneType else k.__name__ for k in get_args(kind) or (kind,))
+        got = f"the class {value.__name__} itself; make one of it" if is_class else type(value).__name__
+        raise InputError(f"{name}: expected {wanted}, got {got}")
+
+
+def require_setting(name: str, value: Any, least: int, remedy: str, *, whole: bool = False) -> None:
+    """Raise if a solver's setting, a number or an array of them, is no number or known to be below `least`."""
+    array = value if isinstance(value, jax.Array) else np.asarray(value)
+    kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+        raise InputError(f"{name}: expected a {'whole ' if whole else ''}number, got {value!r}; {remedy}")
+    require_at_least(name, array, least, remedy)
+
+
 def _first(where: np.ndarray) -> str:
-    return str([int(i) for i in np.argwhere(where)[0]])
+    index = [int(i) for i in np.argwhere(where)[0]]
+    return str(index) if index else ""  # a number has no index
 
 
 def _where_known(check: Callable[..., None]) -> Callable[..., None]:
@@ -75,6 +97,14 @@ def require_positive(name: str, array: jax.Array, remedy: str) -> None:
 
 
 @_where_known
+def require_at_least(name: str, array: Any, least: float, remedy: str) -> None:
+    """Raise if an entry is below `least` or NaN."""
+    smallest = np.min(np.asarray(array))  # numpy: making a solver starts no backend
+    if not smallest >= least:
+        raise InputError(f"{name} must be at least {least}, got {float(smallest):g}; {remedy}")
+
+
+@_where_known
 def require_fraction(name: str, array: jax.Array, remedy: str) -> None:
     """Raise if an entry is not in [0, 1)."""
     if not bool(jnp.all((array >= 0) & (array < 1))):
@@ -104,7 +134,8 @@ def require_distribution(name: str, array: jax.Array, axis: int, remedy: str) ->
     total = jnp.sum(array, axis)
     if bool(jnp.any(jnp.abs(total - 1) > tolerance)):
         bad = np.abs(np.asarray(total) - 1) > tolerance
+        where = f" at {_first(bad)}" if bad.ndim else ""
         raise InputError(
-            f"{name}: probabilities at {_first(bad)} sum to {np.asarray(total)[bad][0]:.9g}, not 1 "
+            f"{name}: probabilities{where} sum to {np.asarray(total)[bad][0]:.9g}, not 1 "
             f"({bad.sum()} of {bad.size} do not); {remedy}"
         )

@@ -35,13 +35,27 @@ def solve(regularizer=ENTROPY, **options):
     return bj.solve(mdp(), regularizer, **options)
 
 
-def upper(x=None, mdp=lambda x: mdp(reward=R * x), regularizer=ENTROPY, objective=lambda x, s: s.value[0]):
+def upper(x=None, mdp=lambda x: mdp(reward=R * x), regularizer=ENTROPY, objective=lambda x, s: s.value[0], **options):
     """A hyper-gradient with one thing exchanged."""
-    return bj.hypergradient(bj.BilevelProblem(mdp, regularizer, objective), jnp.ones(()) if x is None else x)
+    problem = bj.BilevelProblem(mdp, regularizer, objective)
+    return bj.hypergradient(problem, jnp.ones(()) if x is None else x, **options)
+
+
+class NoPytree:
+    """The methods of a problem, and nothing else."""
+
+    mdp = regularizer = objective = lambda *_: None
 
 
 four_rooms = partial(bj.problems.make, "four_rooms")
 synthetic = partial(bj.problems.make, "synthetic")
+m_sobirl = partial(bj.algorithms.m_sobirl, optimizer=optax.sgd(0.1))
+
+
+def start(**given):
+    return m_sobirl(synthetic(dimension=2)).init(KEY, jnp.ones(2), **given)
+
+
 negative_mass = put(put(P, (1, 2, 0), -0.5), (1, 2, 1), 1.5 - P[1, 2, 2:].sum())
 negative_slot = put(put(PROB, (0, 1, 2), -0.5), (1, 1, 2), 1.5 - PROB[2:, 1, 2].sum())
 
@@ -114,11 +128,48 @@ BAD = {
     "negative steps": (lambda: bj.PolicyIteration(max_steps=-3), r"max_steps must be at least 1, got -3"),
     "negative tolerance": (lambda: bj.ValueIteration(-1e-3), r"tolerance must be at least 0, got -0\.001"),
     "NaN tolerance": (lambda: bj.PolicyIteration(np.nan), r"tolerance must be at least 0, got nan"),
+    "array tolerance": (lambda: bj.ValueIteration(jnp.array([1.0, -1.0])), r"tolerance must be at least 0, got -1"),
+    "text tolerance": (lambda: bj.ValueIteration("small"), r"tolerance: expected a number, got 'small'"),
+    "half a step": (lambda: bj.ValueIteration(max_steps=1.5), r"max_steps: expected a whole number, got 1\.5; 1000 is"),
+    "steps as a float": (lambda: bj.PolicyIteration(max_steps=0.0), r"max_steps: expected a whole number, got 0\.0"),
+    "array of steps": (lambda: bj.ValueIteration(max_steps=jnp.array([3, -1])), r"max_steps must be .* got -1"),
+    "GMRES tolerance": (lambda: bj.GMRES(tolerance=-1), r"tolerance must be at least 0, got -1"),
+    "negative cycles": (lambda: bj.GMRES(max_cycles=-1), r"max_cycles must be at least 0, got -1"),
+    "half a restart": (lambda: bj.GMRES(restart=1.5), r"restart: expected a whole number, got 1\.5; 20 to 50 is usual"),
+    "negative step size": (lambda: bj.Descent(-0.1), r"step_size must be at least 0, got -0\.1"),
     "restart 0": (lambda: bj.GMRES(restart=0), r"restart must be at least 1, got 0"),
     "negative terms": (lambda: bj.Neumann(-1), r"terms must be at least 0, got -1"),
     "no descent": (lambda: bj.Descent(steps=0), r"steps must be at least 1, got 0"),
     "policy's shape": (lambda: bj.policy_value(mdp(), EVEN[:, :2]), r"policy.*\[6, 2\]"),
+    # another type
+    "no MDP": (lambda: bj.solve(R, ENTROPY), r"mdp: expected MDP, got ndarray"),
+    "no regularizer": (lambda: solve(0.5), r"regularizer: expected Regularizer, got float"),
+    "no solver": (lambda: solve(solver="PI"), r"solver: expected Solver or None, got str"),
+    "a class": (
+        lambda: solve(solver=bj.ValueIteration),
+        r"solver: .* got the class ValueIteration itself; make one of it",
+    ),
+    "solver as adjoint": (lambda: solve(adjoint=bj.ValueIteration()), r"adjoint: .*LinearSolver or None, got ValueIt"),
+    "adjoint text": (lambda: bj.policy_value(mdp(), EVEN, "LU"), r"adjoint: expected LinearSolver or"),
+    "linear_solver text": (lambda: bj.PolicyIteration(linear_solver="LU"), r"linear_solver: expected .* got str"),
+    "method's solver": (lambda: bj.Implicit("PI"), r"solver: expected Solver or None, got str"),
+    "method's adjoint": (lambda: bj.Implicit(adjoint=1), r"adjoint: .*LinearSolver or None, got int"),
+    "method a solver": (lambda: upper(method=bj.ValueIteration()), r"method: .*Method or None, got ValueIteration"),
+    "no problem": (lambda: bj.hypergradient(upper, 1.0), r"problem: expected Problem, got function"),
+    "no pytree": (lambda: bj.hypergradient(NoPytree(), 1.0), r"problem: NoPytree is no pytree; .*BilevelProblem"),
+    "no problem in m_sobirl": (lambda: m_sobirl(mdp()), r"problem: expected Problem, got MDP"),
+    "lower text": (lambda: m_sobirl(synthetic(), lower="VI"), r"lower: .*Solver or None, got str"),
+    "m_sobirl's adjoint": (lambda: m_sobirl(synthetic(), adjoint=2), r"adjoint: expected .* or None, got int"),
     # the upper level
+    "initial_adjoint's shape": (lambda: upper(initial_adjoint=np.zeros(5)), r"initial_adjoint: .*\[6\], got \[5\]"),
+    "initial_adjoint text": (lambda: upper(initial_adjoint="zero"), r"initial_adjoint: expected an array of numbers"),
+    "initial_value above": (lambda: upper(initial_value=np.zeros(5)), r"initial_value: .*\[6\], got \[5\]"),
+    "value in init": (lambda: start(value=np.zeros(3)), r"value: expected shape \[10\], got \[3\]"),
+    "policy in init": (lambda: start(policy=np.zeros((5, 10))), r"policy: expected shape \[10, 5\], got \[5, 10\]"),
+    "adjoint in init": (lambda: start(adjoint=np.zeros(())), r"adjoint: expected shape \[10\], got \[\]"),
+    "text x": (lambda: upper({"a": "one"}), r"x\['a'\]: expected an array of numbers, got str"),
+    "objective a dict": (lambda: upper(objective=lambda x, s: {}), r"objective\(x, solution\): .*numbers, got dict"),
+    "no objective": (lambda: upper(objective=lambda x, s: None), r"objective\(x, solution\): .* got NoneType"),
     "integer x": (lambda: upper(jnp.arange(3)), r"x: expected floating-point numbers, got int64; use x\.astype"),
     "integer leaf of x": (lambda: upper({"a": 1.0, "b": [1]}), r"x\['b'\]\[0\]: expected floating-point"),
     "vector objective": (lambda: upper(objective=lambda x, s: s.value), r"objective.* scalar, got shape \[6\]"),
@@ -151,6 +202,10 @@ BAD = {
         lambda: four_rooms(transition="sparse"),
         r"transition: expected 'dense' or 'successor'.*'sparse'",
     ),
+    "NaN beta": (lambda: four_rooms(beta=np.nan), r"^beta is nan"),
+    "text beta": (lambda: four_rooms(beta="high"), r"beta: expected an array of numbers, got str"),
+    "negative penalty": (lambda: four_rooms(max_penalty=-1), r"max_penalty must be at least 0, got -1"),
+    "infinite penalty": (lambda: four_rooms(max_penalty=np.inf), r"^max_penalty is inf"),
     "slip": (lambda: four_rooms(slip=2.0), r"slip must be at least 0 and below 1, got 2"),
     "problem's discount": (lambda: four_rooms(discount=1.0), r"discount .* got 1"),
     "problem's temperature": (lambda: synthetic(temperature=0.0), r"temperature must be above 0, got 0"),
@@ -186,6 +241,18 @@ def test_nan_inside_jit_is_a_code(kind, solver):
         assert int(solution.result) == bj.Result.NOT_FINITE
         with pytest.raises(bj.ConvergenceError, match=r"solve: a value was not finite; look for NaN"):
             bj.check(solution)
+
+
+@pytest.mark.parametrize("solver", [bj.ValueIteration(), bj.PolicyIteration()], ids=["VI", "PI"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_reward_that_is_not_finite_is_reported_at_an_action_that_is_never_taken(solver, value):
+    forbidding = bj.KLDivergence(0.5, [0.5, 0.5, 0])
+    run = jax.jit(lambda reward, kernel: bj.solve(bj.MDP(kernel, reward, 0.9), forbidding, solver=solver))
+    assert int(run(R, P).result) == bj.Result.CONVERGED
+    solution = run(put(R, (1, 2), value), P)
+    assert int(solution.result) == bj.Result.NOT_FINITE
+    assert int(solution.stats.steps) == 1  # at once, not after max_steps
+    assert int(run(R, put(P, (1, 2, 0), value)).result) == bj.Result.NOT_FINITE
 
 
 def test_nan_of_one_batch_element_stays_there():

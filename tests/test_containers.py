@@ -81,6 +81,9 @@ def test_dense_and_successor_agree():
     np.testing.assert_allclose(dense.expect(v), sparse.expect(v), rtol=1e-14, atol=1e-15)
     np.testing.assert_allclose(dense.push(d), sparse.push(d), rtol=1e-14, atol=1e-15)
     np.testing.assert_allclose(matrix(dense, d), matrix(sparse, d), rtol=1e-14, atol=1e-15)
+    for kernel in (dense, sparse):  # numpy arrays too
+        np.testing.assert_array_equal(kernel.expect(np.asarray(v)), kernel.expect(v))
+        np.testing.assert_array_equal(kernel.push(np.asarray(d)), kernel.push(d))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -166,8 +169,9 @@ def test_dtypes():
     assert {leaf.dtype for leaf in jax.tree.leaves(ints)} == {np.dtype("float64")}
     narrow = bj.MDP(np.float32(process.dense), np.float32(process.reward), 0.9, process.initial)
     assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {np.dtype("float32")}
-    with jax.numpy_dtype_promotion("standard"):
-        wide = bj.MDP(np.float32(process.dense), process.reward, np.float32(0.9))
-    assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype("float64")}
+    for mode in ("strict", "standard"):
+        with jax.numpy_dtype_promotion(mode):
+            wide = bj.MDP(np.float32(process.dense), process.reward, np.float32(0.9))
+        assert {leaf.dtype for leaf in jax.tree.leaves(wide)} == {np.dtype("float64")}
     sparse = make_mdp(process, 0.9, "successor")
     assert sparse.transition.successor.dtype == np.int32

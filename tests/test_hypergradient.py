@@ -23,6 +23,8 @@ from helpers import (
 )
 
 import bilevel_jax as bj
+from bilevel_jax.adjoint import linear_solve
+from bilevel_jax.transitions import PolicyOperator
 
 PROCESS = random_process(11)
 
@@ -72,6 +74,43 @@ def test_hessian_vector_product():
     product = flat(jax.jit(lambda x, d: jax.jvp(gradient, (x,), (d,))[1])(x, d))
     want = central_difference(gradient, x, d, 1e-4)
     np.testing.assert_allclose(product, want, rtol=1e-6, atol=1e-7 * np.abs(want).max())
+
+
+def test_warm_started_hessian_vector_product():
+    # In forward and in reverse mode.
+    problem, x, cold = upper_problem("kl"), upper_start(), exact("kl")
+    d = random_like(3, x)
+
+    def gradient(x, start, adjoint):
+        return bj.hypergradient(problem, x, method=bj.Implicit(adjoint=adjoint), initial_adjoint=start).gradient
+
+    @functools.partial(jax.jit, static_argnames="reverse")
+    def product(start, adjoint, reverse=False):
+        if reverse:
+            return jax.vjp(lambda x: gradient(x, start, adjoint), x)[1](d)[0]
+        return jax.jvp(lambda x: gradient(x, start, adjoint), (x,), (d,))[1]
+
+    want = flat(product(None, bj.Direct()))
+    for reverse in (False, True):
+        np.testing.assert_allclose(flat(product(cold.adjoint, bj.GMRES(1e-11), reverse)), want, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_guess_serves_its_own_right_hand_side(transpose):
+    rng = np.random.default_rng(0)
+    weights, weights_dot = jnp.asarray(0.8 * PROCESS.reference), jnp.asarray(rng.normal(size=PROCESS.reference.shape))
+    b, b_dot, guess = (jnp.asarray(rng.normal(size=STATES)) for _ in range(3))
+    kernel, rough = bj.SuccessorTransition(PROCESS.successor, PROCESS.probability), bj.Descent(0.3, 2)
+
+    def solve(weights, b, guess=guess, solver=rough):
+        operator = PolicyOperator(kernel, weights)
+        return linear_solve(solver, operator, jnp.asarray(0.8), b, transpose=transpose, guess=guess)[0]
+
+    x, x_dot = jax.jvp(solve, (weights, b), (weights_dot, b_dot))
+    matrix = kernel.under(weights_dot).matrix()
+    change = b_dot + (matrix.T if transpose else matrix) @ x
+    np.testing.assert_allclose(x_dot, solve(weights, change, None), rtol=1e-12)
+    assert not np.any(jax.grad(lambda g: solve(weights, b, g).sum())(guess))
 
 
 def test_vmap_over_x():

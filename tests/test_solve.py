@@ -305,6 +305,17 @@ def test_new_numbers_do_not_recompile(run, compilations):
         assert {name: compiled(name)._cache_size() for name in compilations} == compilations
 
 
+def test_a_weakly_typed_start_does_not_recompile():
+    algorithm = bj.algorithms.m_sobirl(bj.problems.make("synthetic", dimension=3), OPTIMIZER)
+    x, value, policy = jnp.full(3, 0.1), jnp.full(10, 1.0), jnp.full((10, 5), 0.2)
+    assert x.weak_type
+    state = algorithm.init(jax.random.key(0), x, value=value, policy=policy, adjoint=value)
+    compiled("algorithms.m_sobirl._step").clear_cache()
+    for _ in range(3):
+        state, _ = algorithm.step(jax.random.key(0), state)
+    assert compiled("algorithms.m_sobirl._step")._cache_size() == 1
+
+
 def test_numbers_of_every_kind_share_a_compilation():
     # A Python float, a numpy number and an array: none is a new structure.
     compiled("solvers.solve._solve").clear_cache()

@@ -9,10 +9,11 @@ import optax
 
 from bilevel_jax.adjoint import Descent, LinearSolver, LinearStats
 from bilevel_jax.bellman import greedy
-from bilevel_jax.hypergradient import Problem, as_upper_variable, implicit_gradient, lower_level
+from bilevel_jax.hypergradient import Problem, as_upper_variable, implicit_gradient, lower_level, require_problem
 from bilevel_jax.mdp import over_batch
 from bilevel_jax.results import Outcome, Result
 from bilevel_jax.solvers import Solution, Solver, SolveStats, ValueIteration, read_out, solve
+from bilevel_jax.validation import as_float, require_instance
 
 
 class MSoBiRLState(eqx.Module):
@@ -76,12 +77,17 @@ class MSoBiRL(eqx.Module):
           adjoint: w[S] to start from; None is zeros.
 
         Raises:
-          InputError: x is not floating point; outside jit, if the MDP or the regularizer at x is not valid.
+          InputError: x is not floating point, or a start of another shape; outside jit, if the MDP or the
+            regularizer at x is not valid.
         """
         del key
         x = as_upper_variable(x)
-        lower_level(self.problem, x)  # outside jit this looks at the values
-        return _init(self, x, value, policy, adjoint)
+        mdp, _ = lower_level(self.problem, x)  # outside jit this looks at the values
+        pairs, states = mdp.reward.shape, mdp.reward.shape[:-1]
+        starts = (("value", value, states), ("policy", policy, pairs), ("adjoint", adjoint, states))
+        # As `step` returns them: a state of another type would compile it twice.
+        given = {name: as_float(name, a, mdp.reward.dtype, shape) for name, a, shape in starts if a is not None}
+        return _init(self, x, **given)
 
     def step(self, key: jax.Array, state: MSoBiRLState) -> tuple[MSoBiRLState, MSoBiRLInfo]:
         """One upper iteration: adjoint, hyper-gradient, x, then the lower level at the new x."""
@@ -111,7 +117,13 @@ def m_sobirl(
 
     Returns:
       An `Algorithm`: `init(key, x)`, `step(key, state)`, both compiled.
+
+    Raises:
+      InputError: an argument of another type.
     """
+    require_problem(problem)
+    require_instance("lower", lower, Solver | None)
+    require_instance("adjoint", adjoint, LinearSolver | None)
     return MSoBiRL(
         problem,
         optimizer,
@@ -121,7 +133,7 @@ def m_sobirl(
 
 
 @jax.jit
-def _init(algorithm, x, value, policy, adjoint):
+def _init(algorithm, x, value=None, policy=None, adjoint=None):
     mdp, regularizer = lower_level(algorithm.problem, x)
     if value is None:
         solution = solve(mdp, regularizer, solver=algorithm.lower)

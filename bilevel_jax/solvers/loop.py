@@ -6,14 +6,13 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from bilevel_jax.bellman import action_values, sup_norm
-from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Result
+from bilevel_jax.validation import require_setting
 
 # A residual of this many units in the last place of |Q| is all that rounding leaves to reach; up to
 # STALL_ULPS the iteration goes on only while the residual falls.
@@ -56,10 +55,9 @@ class Solver(eqx.Module):
     max_steps: eqx.AbstractVar[Any]
 
     def __check_init__(self):
-        if isinstance(self.tolerance, int | float | np.number) and not self.tolerance >= 0:
-            raise InputError(f"tolerance must be at least 0, got {self.tolerance}; None asks for working precision")
-        if isinstance(self.max_steps, int | np.integer) and self.max_steps < 1:
-            raise InputError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.tolerance is not None:
+            require_setting("tolerance", self.tolerance, 0, "None asks for working precision")
+        require_setting("max_steps", self.max_steps, 1, "1000 is usual", whole=True)
 
     @abc.abstractmethod
     def step(self, mdp: MDP, regularizer: Regularizer, iterate: Iterate) -> jax.Array:
@@ -89,7 +87,8 @@ def iterate(
 
     def finished(residual, previous, ulps):
         floor = (residual <= FLOOR_ULPS * ulps) | ((residual >= previous) & (residual <= STALL_ULPS * ulps))
-        return (factor * residual <= target) | floor | ~jnp.isfinite(residual)
+        # The unit knows of the rewards; where they are not finite it is neither, whatever the residual says.
+        return (factor * residual <= target) | floor | ~jnp.isfinite(residual + ulps)
 
     def unfinished(carry):
         _, residual, previous, ulps, steps = carry
@@ -110,7 +109,8 @@ def iterate(
     result = jnp.where(
         reached, Result.CONVERGED, jnp.where(finished(residual, previous, ulps), limit, Result.MAX_STEPS)
     )
-    finite = jnp.all(jnp.isfinite(last.backup)) & jnp.isfinite(bound)
+    # V may be finite where Q is not: an action that the regularizer never takes.
+    finite = jnp.all(jnp.isfinite(last.backup)) & jnp.all(jnp.isfinite(last.q)) & jnp.isfinite(bound)
     result = jnp.where(finite, result, Result.NOT_FINITE).astype(jnp.int32)
     return last.backup, result, SolveStats(steps, residual, bound)
 

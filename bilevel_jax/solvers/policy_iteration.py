@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
 from bilevel_jax.bellman import discounted_operator
 from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.validation import require_instance
 
 
 class PolicyIteration(Solver):
@@ -19,13 +20,16 @@ class PolicyIteration(Solver):
       linear_solver: None chooses by the number of states, see `default_linear_solver`.
 
     Raises:
-      InputError: tolerance below 0 or max_steps below 1.
+      InputError: tolerance below 0 or max_steps below 1, or no `LinearSolver`.
     """
 
     tolerance: Any = None
     max_steps: Any = 1000
     linear_solver: LinearSolver | None = None
     batched_on_cpu: ClassVar[bool] = False
+
+    def __check_init__(self):
+        require_instance("linear_solver", self.linear_solver, LinearSolver | None)
 
     def step(self, mdp, regularizer, iterate):
         solver = default_linear_solver(mdp.num_states) if self.linear_solver is None else self.linear_solver

@@ -3,18 +3,16 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
+from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve, zero_tangents
 from bilevel_jax.batching import one_at_a_time_on_cpu
 from bilevel_jax.bellman import backup, check_compatible, discounted_operator, greedy
-from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome
 from bilevel_jax.solvers.loop import Solver, SolveStats, default_solver, iterate
-from bilevel_jax.validation import as_float
+from bilevel_jax.validation import as_float, require_instance
 
 
 class Solution(eqx.Module):
@@ -61,14 +59,15 @@ def solve(
       `Solution`.
 
     Raises:
-      InputError: shapes that disagree.
+      InputError: shapes that disagree, or an argument of another type.
     """
+    require_instance("mdp", mdp, MDP)
+    require_instance("regularizer", regularizer, Regularizer)
+    require_instance("solver", solver, Solver | None)
+    require_instance("adjoint", adjoint, LinearSolver | None)
     check_compatible(mdp, regularizer)
     if initial_value is not None:
-        initial_value = as_float("initial_value", initial_value, mdp.reward.dtype)
-        expected = mdp.reward.shape[:-1]
-        if initial_value.shape != expected:
-            raise InputError(f"initial_value: expected shape {list(expected)}, got {list(initial_value.shape)}")
+        initial_value = as_float("initial_value", initial_value, mdp.reward.dtype, mdp.reward.shape[:-1])
     return _solve(mdp, regularizer, initial_value, solver, adjoint)
 
 
@@ -107,15 +106,7 @@ def _fixed_point_jvp(primals, tangents):
     _, policy = greedy(mdp, regularizer, value)
     operator = discounted_operator(mdp, policy)
     value_dot, _ = linear_solve(adjoint, operator, mdp.modulus, backup_dot, poison=True)
-    return (value, result, stats), (value_dot, *_zero_tangents((result, stats)))
-
-
-def _zero_tangents(tree):
-    def zero(leaf):
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
-
-    return jax.tree.map(zero, tree)
+    return (value, result, stats), (value_dot, *zero_tangents((result, stats)))
 
 
 def read_out(mdp: MDP, regularizer: Regularizer, value: jax.Array, result: jax.Array, stats: SolveStats) -> Solution:

@@ -1,6 +1,11 @@
 """Algorithms for the upper level. Each is a pair: init(key, x) -> state, step(key, state) -> (state, info)."""
 
+from bilevel_jax.algorithms.bc_hg import bc_hg
+from bilevel_jax.algorithms.hpgd import hpgd
 from bilevel_jax.algorithms.m_sobirl import m_sobirl
+from bilevel_jax.algorithms.naive import naive
 from bilevel_jax.algorithms.protocol import Algorithm
+from bilevel_jax.algorithms.sobirl import Reuse, sobirl
+from bilevel_jax.algorithms.zero_order import zero_order
 
-__all__ = ["Algorithm", "m_sobirl"]
+__all__ = ["Algorithm", "Reuse", "bc_hg", "hpgd", "m_sobirl", "naive", "sobirl", "zero_order"]

@@ -2,10 +2,12 @@
 
 from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut, NoBaseline, StateBaseline
 from bilevel_jax.estimators.estimate import Estimate, estimate, estimate_from, sample_groups
+from bilevel_jax.estimators.importance import Weights, importance_weights
 from bilevel_jax.estimators.problem import SampledBilevelProblem, SampledProblem
 from bilevel_jax.estimators.responses import (
     Exact,
     LearnedCritic,
+    LearnedModel,
     NestedRollouts,
     OneStep,
     Response,
@@ -17,6 +19,7 @@ __all__ = [
     "Estimate",
     "Exact",
     "LearnedCritic",
+    "LearnedModel",
     "LeaveOneOut",
     "NestedRollouts",
     "NoBaseline",
@@ -26,7 +29,9 @@ __all__ = [
     "SampledProblem",
     "SharedRollouts",
     "StateBaseline",
+    "Weights",
     "estimate",
     "estimate_from",
+    "importance_weights",
     "sample_groups",
 ]

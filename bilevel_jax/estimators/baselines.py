@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.environments import Trajectory
 from bilevel_jax.errors import InputError
-from bilevel_jax.estimators.problem import SampledProblem, discounts, require_tabular
+from bilevel_jax.estimators.problem import SampledProblem, discounts, require_tabular, undiscounted
 
 
 class Baseline(eqx.Module):
@@ -76,10 +76,10 @@ class StateBaseline(Baseline):
         table, batches = state
         states = groups.observation[:, 0]
         weight = groups.valid[:, 0].astype(table.dtype)
-        ahead = to_go.astype(table.dtype) / discounts(problem, to_go.shape[1])
+        ahead = undiscounted(problem, to_go).astype(table.dtype)
         count = jnp.zeros_like(table).at[states].add(weight)
         mean = jnp.zeros_like(table).at[states].add(weight * ahead) / jnp.maximum(count, 1)
-        batches = batches + (count > 0)
+        batches = batches + (count > 0).astype(batches.dtype)
         rate = jnp.where(count > 0, jnp.maximum(1 / jnp.maximum(batches, 1), self.step_size), 0)
         return table + rate * (mean - table), batches
 

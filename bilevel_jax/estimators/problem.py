@@ -161,3 +161,10 @@ def _as_pytree(function: Callable) -> Callable:
 def discounts(problem: SampledProblem, horizon: int) -> jax.Array:
     """discount^h for h below the horizon, [H]."""
     return problem.discount ** jnp.arange(horizon, dtype=problem.discount.dtype)
+
+
+def undiscounted(problem: SampledProblem, costs: jax.Array) -> jax.Array:
+    """costs[..., H] / discount^h; 0 where the discount has made them too small to tell."""
+    factors = discounts(problem, costs.shape[-1]).astype(costs.dtype)
+    visible = factors > jnp.finfo(costs.dtype).tiny
+    return jnp.where(visible, costs / jnp.where(visible, factors, 1), 0)

@@ -18,14 +18,15 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 
-from bilevel_jax.adjoint import policy_value
+from bilevel_jax.adjoint import default_linear_solver, linear_solve, policy_value
 from bilevel_jax.bellman import action_values
-from bilevel_jax.environments import TabularEnvironment, Trajectory, rollout, rollout_from, trajectory_keys
+from bilevel_jax.environments import TabularEnvironment, Trajectory, rollout_from, trajectory_keys
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators.problem import SampledProblem, discounts, require_tabular, reward_table
 from bilevel_jax.functions import ActionFunction, tabulate
 from bilevel_jax.hypergradient import Problem
 from bilevel_jax.mdp import over_batch
+from bilevel_jax.transitions import DenseOperator
 
 
 class Response(eqx.Module):
@@ -35,9 +36,13 @@ class Response(eqx.Module):
         """The state before anything was learned; None for estimators that learn nothing."""
         del problem, x
 
-    def update(self, key: jax.Array, state: Any, problem: SampledProblem, x: Any, policy: ActionFunction) -> Any:
-        """Learn from samples of its own at x."""
-        del key, problem, x, policy
+    def update(self, state: Any, problem: SampledProblem, x: Any, policy: ActionFunction, groups: Trajectory) -> Any:
+        """Learn from groups [N, I, H] drawn under `policy` at x, for later estimates.
+
+        What is learned from a batch must not be used on it: the product of two estimates is unbiased only
+        if they are independent.
+        """
+        del problem, x, policy, groups
         return state
 
     @abc.abstractmethod
@@ -59,7 +64,7 @@ class Response(eqx.Module):
         """
 
     def environment_steps(self, problem: SampledProblem, batch: int) -> int:
-        """Steps of the simulator that `update` and `surrogate` take for B = batch trajectories."""
+        """Steps of the simulator that `surrogate` takes for B = batch trajectories."""
         del problem, batch
         return 0
 
@@ -193,61 +198,51 @@ class SharedRollouts(Response):
 
 
 class LearnedCritic(Response):
-    """A table G[S, A, |x|] of dQ*, learned by expected SARSA on dr from trajectories of its own.
+    """A table G[S, A, |x|] of dQ*, learned by expected SARSA on dr from the batches that went before.
 
-      G[s, a] <- G[s, a] + alpha (dr[s, a] + discount sum_a' pi[s', a'] G[s', a'] - G[s, a]),
+      G[s, a] <- G[s, a] + alpha (dr[s, a] + discount sum_a' pi[s', a'] G[s', a'] - G[s, a])
 
-    the corrections of one sweep averaged over the visits of a pair, alpha = 1 / (1 + visits of the pair
-    so far)^power. It is carried from one upper iteration to the next and biased until it has caught up.
+    `sweeps` passes over a batch, each with the mean correction of the visits of a pair, and alpha =
+    step_size, at least 1 / (batches that visited the pair). Carried from one upper iteration to the
+    next; biased until it has caught up with x.
 
     Args:
-      batch, length: trajectories of an update and their steps (static).
-      sweeps: passes over them (static).
-      power: of the step size's decay; 0 takes the mean correction whole.
+      sweeps: passes over a batch (static).
+      step_size: alpha's floor, in (0, 1]; a small one averages over many batches.
 
     Raises:
-      InputError: sizes below 1; the environment is not tabular.
+      InputError: sweeps below 1; the environment is not tabular.
     """
 
-    batch: int = eqx.field(default=64, static=True)
-    length: int = eqx.field(default=50, static=True)
-    sweeps: int = eqx.field(default=1, static=True)
-    power: Any = 0.5
+    sweeps: int = eqx.field(default=20, static=True)
+    step_size: Any = 0.1
 
     def __check_init__(self):
-        _require_sizes(batch=self.batch, length=self.length, sweeps=self.sweeps)
+        _require_sizes(sweeps=self.sweeps)
 
     def init(self, problem, x):
         environment = require_tabular(problem, "LearnedCritic")
-        size = ravel_pytree(x)[0].size
+        flat = ravel_pytree(x)[0]
         pairs = environment.num_states * environment.num_actions
-        dtype = ravel_pytree(x)[0].dtype
-        return jnp.zeros((pairs, size), dtype), jnp.zeros(pairs, dtype)
+        return jnp.zeros((pairs, flat.size), flat.dtype), jnp.zeros(pairs, flat.dtype)
 
-    def update(self, key, state, problem, x, policy):
+    def update(self, state, problem, x, policy, groups):
         environment = require_tabular(problem, "LearnedCritic")
+        critic, batches = state
         flat, unravel = ravel_pytree(x)
         jacobian = jax.jacobian(lambda f: reward_table(problem, unravel(f), environment.num_states).reshape(-1))(flat)
         pi = tabulate(policy, environment.num_states).values.astype(flat.dtype)
-        sampled = rollout(key, environment, policy, batch=self.batch, horizon=self.length)
-        pair = (sampled.observation * environment.num_actions + sampled.action).reshape(-1)
-        count = jnp.zeros(jacobian.shape[0], flat.dtype).at[pair].add(sampled.valid.reshape(-1).astype(flat.dtype))
-        # What follows a pair on average over its visits: rows of an empirical transition, [S A, S].
-        follows = jnp.where(sampled.valid & ~sampled.terminated, problem.discount, 0).reshape(-1).astype(flat.dtype)
-        empirical = jnp.zeros((jacobian.shape[0], environment.num_states), flat.dtype)
-        empirical = empirical.at[pair, sampled.next_observation.reshape(-1)].add(follows)
-        empirical = empirical / jnp.maximum(count, 1)[:, None]
+        seen = _Counts.of(environment, groups, flat.dtype)
+        batches = batches + (seen.visits > 0).astype(flat.dtype)
+        rate = jnp.where(seen.visits > 0, jnp.maximum(1 / jnp.maximum(batches, 1), self.step_size), 0)
+        follows = problem.discount.astype(flat.dtype) * seen.transition()
 
-        def sweep(carry, _):
-            critic, visits = carry
-            visits = visits + count
-            step_size = jnp.where(count > 0, jnp.maximum(visits / jnp.maximum(count, 1), 1) ** -self.power, 0)
+        def sweep(critic, _):
             expected = jnp.einsum("sa,san->sn", pi, critic.reshape(*pi.shape, -1))
-            target = jacobian + empirical @ expected
-            return (critic + step_size[:, None] * (target - critic), visits), None
+            return critic + rate[:, None] * (jacobian + follows @ expected - critic), None
 
-        (critic, visits), _ = jax.lax.scan(sweep, state, None, length=self.sweeps)
-        return critic, visits
+        critic, _ = jax.lax.scan(sweep, critic, None, length=self.sweeps)
+        return critic, batches
 
     def surrogate(self, key, state, problem, x, policy, trajectories, credit):
         del key
@@ -257,9 +252,61 @@ class LearnedCritic(Response):
         gradient = stop_gradient(weights.astype(state[0].dtype) @ state[0])
         return gradient @ ravel_pytree(x)[0]
 
-    def environment_steps(self, problem, batch):
-        del problem, batch
-        return self.batch * self.length
+
+class LearnedModel(Response):
+    """dQ* under the transition frequencies counted so far: the dynamics do not depend on x, so no batch grows old.
+
+    Certainty equivalence: `Exact` with the empirical transition in the model's place. A pair that was
+    never visited counts as the end of the process. Consistent, with a bias that falls as 1 / visits.
+
+    Raises:
+      InputError: the environment is not tabular.
+    """
+
+    def init(self, problem, x):
+        environment = require_tabular(problem, "LearnedModel")
+        pairs = environment.num_states * environment.num_actions
+        dtype = jnp.result_type(*jax.tree.leaves(x))
+        return _Counts(jnp.zeros((pairs, environment.num_states), dtype), jnp.zeros(pairs, dtype))
+
+    def update(self, state, problem, x, policy, groups):
+        del x, policy
+        new = _Counts.of(require_tabular(problem, "LearnedModel"), groups, state.visits.dtype)
+        return jax.tree.map(jnp.add, state, new)
+
+    def surrogate(self, key, state, problem, x, policy, trajectories, credit):
+        del key
+        environment = require_tabular(problem, "LearnedModel")
+        dtype = state.visits.dtype
+        pi = tabulate(policy, environment.num_states).values.astype(dtype)
+        weights = centred_weights(environment, pi, trajectories, credit).astype(dtype)
+        reward = reward_table(problem, x, environment.num_states).astype(dtype)
+        discount = problem.discount.astype(dtype)
+        follows = discount * state.transition().reshape(*pi.shape, -1)
+        operator = DenseOperator(jnp.einsum("sa,sat->st", pi, follows))
+        solver = default_linear_solver(environment.num_states)
+        value, _ = linear_solve(solver, operator, discount, jnp.sum(pi * reward, -1), poison=True)
+        return jnp.sum(weights * (reward + follows @ value))
+
+
+class _Counts(eqx.Module):
+    """What was seen of a simulator: `moves`[S A, S], steps that led somewhere without ending, and `visits`[S A]."""
+
+    moves: jax.Array
+    visits: jax.Array
+
+    @classmethod
+    def of(cls, environment: TabularEnvironment, groups: Trajectory, dtype: Any) -> "_Counts":
+        pair = groups.observation * environment.num_actions + groups.action
+        pairs = environment.num_states * environment.num_actions
+        visits = jnp.zeros(pairs, dtype).at[pair].add(groups.valid.astype(dtype))
+        goes_on = (groups.valid & ~groups.terminated).astype(dtype)
+        moves = jnp.zeros((pairs, environment.num_states), dtype).at[pair, groups.next_observation].add(goes_on)
+        return cls(moves, visits)
+
+    def transition(self) -> jax.Array:
+        """Frequencies [S A, S]; rows sum to 1 less what ended, to 0 where nothing was seen."""
+        return self.moves / jnp.maximum(self.visits, 1)[:, None]
 
 
 def pair_weights(environment: TabularEnvironment, trajectories: Trajectory, credit: jax.Array) -> jax.Array:

@@ -1,0 +1,142 @@
+"""SoBiRL: model-free bilevel RL from trajectories."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_jax.agents import Agent
+from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
+from bilevel_jax.environments import Trajectory
+from bilevel_jax.errors import InputError
+from bilevel_jax.estimators import (
+    Baseline,
+    LeaveOneOut,
+    Response,
+    SampledProblem,
+    estimate_from,
+    importance_weights,
+    sample_groups,
+)
+from bilevel_jax.validation import as_float, require_positive
+
+
+class Reuse(eqx.Module):
+    """Use the last `batches` batches again, with importance weights of at most `clip`.
+
+    Raises:
+      InputError: batches below 1 (static), clip not above 0.
+    """
+
+    batches: int = eqx.field(static=True)
+    clip: jax.Array
+
+    def __init__(self, batches: int = 1, clip: Any = 10.0):
+        if not isinstance(batches, int) or batches < 1:
+            raise InputError(f"batches: expected an integer of at least 1, got {batches!r}; reuse=None uses none again")
+        self.batches = batches
+        self.clip = as_float("clip", clip)
+        require_positive("clip", self.clip, "10 is usual")
+
+
+class SoBiRL(SampledAlgorithm):
+    """See `sobirl`."""
+
+    response: Response
+    baseline: Baseline
+    batch: int = eqx.field(static=True)
+    reuse: Reuse | None = None
+
+    def init_memory(self, x):
+        return self.response.init(self.problem, x), self.baseline.init(self.problem), self._no_batches()
+
+    def estimate(self, key, state):
+        learned, baseline_state, earlier = state.memory
+        policy = self.policy(state)
+        for_groups, for_rest = jax.random.split(key)
+        fresh = sample_groups(for_groups, self.problem, policy, self.batch)
+        groups, weights, size, earlier = self._with_earlier(fresh, earlier, policy)
+        made = estimate_from(
+            for_rest,
+            self.problem,
+            state.x,
+            policy,
+            groups,
+            self.response,
+            learned,
+            self.baseline,
+            baseline_state,
+            weights,
+        )
+        learned = self.response.update(learned, self.problem, state.x, policy, fresh)
+        baseline_state = self.baseline.update(baseline_state, self.problem, fresh, made.to_go[: self.batch])
+        return SampledEstimate(made.value, made.gradient, (learned, baseline_state, earlier), size)
+
+    @property
+    def environment_steps(self):
+        groups = self.batch * (1 if self.reuse is None else 1 + self.reuse.batches)
+        return (
+            self.agent.environment_steps(self.problem)
+            + batch_steps(self.problem, self.batch)
+            + self.response.environment_steps(self.problem, groups * self.problem.trajectories)
+        )
+
+    def _no_batches(self):
+        """Room for the batches to be used again, [R, N, I, H], and how many of them are there."""
+        if self.reuse is None:
+            return None
+        uniform = jnp.full(self.problem.environment.num_actions, 1 / self.problem.environment.num_actions)
+        shapes = jax.eval_shape(lambda: sample_groups(jax.random.key(0), self.problem, lambda _: uniform, self.batch))
+        batches = self.reuse.batches
+        return jax.tree.map(lambda leaf: jnp.zeros((batches, *leaf.shape), leaf.dtype), shapes), jnp.asarray(
+            0, jnp.int32
+        )
+
+    def _with_earlier(self, fresh: Trajectory, earlier, policy):
+        """The fresh groups, the earlier ones behind them; weights, effective sample size, and what to keep."""
+        if self.reuse is None:
+            return fresh, None, jnp.asarray(float(self.batch)), None
+        kept, count = earlier
+        groups = jax.tree.map(lambda new, old: jnp.concatenate([new, old.reshape(-1, *new.shape[1:])]), fresh, kept)
+        here = jnp.repeat(jnp.arange(self.reuse.batches + 1, dtype=count.dtype) <= count, self.batch)
+        # Room that is still empty holds no actions: give it a probability, and then no weight.
+        safe = groups._replace(probability=jnp.where(here[:, None, None], groups.probability, 1))
+        raw = importance_weights(policy, safe, self.reuse.clip).weights
+        weights = jnp.where(here, raw, 0)
+        size = jnp.sum(weights) ** 2 / jnp.maximum(jnp.sum(weights**2), jnp.finfo(weights.dtype).tiny)
+        share = jnp.mean(here.astype(weights.dtype))
+        kept = jax.tree.map(lambda new, old: jnp.concatenate([new[None], old[:-1]]), fresh, kept)
+        return groups, weights / share, size, (kept, jnp.minimum(count + 1, self.reuse.batches))
+
+
+def sobirl(
+    problem: SampledProblem,
+    optimizer: optax.GradientTransformation,
+    *,
+    agent: Agent,
+    response: Response,
+    batch: int = 64,
+    baseline: Baseline | None = None,
+    reuse: Reuse | None = None,
+) -> SoBiRL:
+    """SoBiRL (Yang, Gao and Yuan, AISTATS 2025, Algorithm 2) for any `SampledProblem`.
+
+    An iteration improves the agent at x from where it stood, draws a batch of groups of trajectories
+    under its policy, estimates the hyper-gradient from them in one backward pass and updates x.
+
+    Args:
+      problem: a `SampledProblem`; its numbers are leaves.
+      optimizer: an optax transformation.
+      agent: the lower level, e.g. `agents.SoftQLearning()`; `agents.ExactAgent()` is an oracle.
+      response: estimator of dQ* - dV*, see `estimators`.
+      batch: groups of trajectories an iteration (static).
+      baseline: None is `LeaveOneOut()`.
+      reuse: `Reuse(...)` uses earlier batches again, weighted by importance; None does not.
+
+    Raises:
+      InputError: batch below 1.
+    """
+    baseline = LeaveOneOut() if baseline is None else baseline
+    return SoBiRL(problem, optimizer, agent, response, baseline, require_batch(batch), reuse)

@@ -1,0 +1,114 @@
+"""Incentive design on Garnet random MDPs (Archibald, McKinnon and Thomas 1995; Bhatnagar et al. 2009)."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from bilevel_jax.adjoint import policy_value
+from bilevel_jax.environments import TabularEnvironment
+from bilevel_jax.errors import InputError
+from bilevel_jax.functions import Table
+from bilevel_jax.mdp import MDP
+from bilevel_jax.problems.registry import register
+from bilevel_jax.regularizers import ShannonEntropy
+from bilevel_jax.transitions import SuccessorTransition
+
+MOST = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class GarnetOptions:
+    """Garnet random MDP whose designer pays bonuses to lower a cost of its own.
+
+    states, actions: size of the MDP.
+    branching: successors of each pair.
+    discount: of the agent and of the designer.
+    temperature: of the agent's entropy, in units of the reward.
+    price: of the squared bonus to the designer.
+    horizon: steps of a sampled trajectory.
+    seed: of the random MDP (not of the starting point).
+    """
+
+    states: int = 8
+    actions: int = 3
+    branching: int = 3
+    discount: float = 0.9
+    temperature: float = 0.5
+    price: float = 0.1
+    horizon: int = 150
+    seed: int = 0
+
+
+class Garnet(eqx.Module):
+    """The problem. The upper variable is a bonus x[S, A] on top of the agent's reward, N(0, 1) of its own.
+
+    The designer minimises the discounted sum of cost[s, a] + price / 2 x[s, a]^2, cost ~ N(0, 1).
+    Sampled, a trajectory is cut after `horizon` steps.
+    """
+
+    transition: SuccessorTransition
+    base: jax.Array  # [S, A]
+    cost: jax.Array  # [S, A]
+    discount: jax.Array
+    temperature: jax.Array
+    price: jax.Array
+    environment: TabularEnvironment
+    horizon: int = eqx.field(static=True)
+
+    def __init__(self, options: GarnetOptions):
+        for name in ("states", "actions", "branching", "horizon"):
+            if not 1 <= getattr(options, name) <= MOST:
+                raise InputError(f"{name} must be from 1 to {MOST}, got {getattr(options, name)}")
+        if options.branching > options.states:
+            raise InputError(f"branching must be at most the {options.states} states, got {options.branching}")
+        if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
+            raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
+        pairs = (options.states, options.actions)
+        keys = jax.random.split(jax.random.key(options.seed), 4)
+        order = jnp.argsort(jax.random.uniform(keys[0], (*pairs, options.states)), -1)
+        weight = jax.random.exponential(keys[1], (options.branching, *pairs)) + 1e-3
+        successor = jnp.moveaxis(order[..., : options.branching], -1, 0)
+        self.transition = SuccessorTransition(successor, weight / jnp.sum(weight, 0))
+        self.base = jax.random.normal(keys[2], pairs)
+        self.cost = jax.random.normal(keys[3], pairs)
+        self.discount = jnp.asarray(options.discount, float)
+        self.temperature = ShannonEntropy(options.temperature).temperature
+        self.price = jnp.asarray(options.price, float)
+        self.horizon = options.horizon
+        self.environment = TabularEnvironment(self.mdp(jnp.zeros(pairs)))  # checks the discount where it is known
+
+    @property
+    def trajectories(self) -> int:
+        """One trajectory a loss."""
+        return 1
+
+    def start(self, key: jax.Array) -> jax.Array:
+        """x ~ N(0, 0.1^2), [S, A]."""
+        return 0.1 * jax.random.normal(key, self.base.shape)
+
+    def mdp(self, x):
+        return MDP(self.transition, self.base + x, self.discount)
+
+    def reward(self, x):
+        return Table(self.base + x)
+
+    def regularizer(self, x):
+        del x
+        return ShannonEntropy(self.temperature)
+
+    def objective(self, x, solution):
+        mdp = MDP(self.transition, self._costs(x), self.discount)
+        return policy_value(mdp, solution.policy) @ mdp.initial
+
+    def loss(self, key, x, trajectories):
+        del key
+        costs = self._costs(x)[trajectories.observation[0], trajectories.action[0]]
+        return costs * self.discount ** jnp.arange(self.horizon, dtype=costs.dtype)
+
+    def _costs(self, x: jax.Array) -> jax.Array:
+        return self.cost + self.price / 2 * x**2
+
+
+register("garnet", GarnetOptions, Garnet)

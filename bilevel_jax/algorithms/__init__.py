@@ -6,6 +6,19 @@ from bilevel_jax.algorithms.m_sobirl import m_sobirl
 from bilevel_jax.algorithms.naive import naive
 from bilevel_jax.algorithms.protocol import Algorithm
 from bilevel_jax.algorithms.sobirl import Reuse, sobirl
+from bilevel_jax.algorithms.stoc_sobirl import StocSchedule, stoc_schedule, stoc_sobirl
 from bilevel_jax.algorithms.zero_order import zero_order
 
-__all__ = ["Algorithm", "Reuse", "bc_hg", "hpgd", "m_sobirl", "naive", "sobirl", "zero_order"]
+__all__ = [
+    "Algorithm",
+    "Reuse",
+    "StocSchedule",
+    "bc_hg",
+    "hpgd",
+    "m_sobirl",
+    "naive",
+    "sobirl",
+    "stoc_schedule",
+    "stoc_sobirl",
+    "zero_order",
+]

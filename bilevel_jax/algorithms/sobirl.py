@@ -90,9 +90,8 @@ class SoBiRL(SampledAlgorithm):
         uniform = jnp.full(self.problem.environment.num_actions, 1 / self.problem.environment.num_actions)
         shapes = jax.eval_shape(lambda: sample_groups(jax.random.key(0), self.problem, lambda _: uniform, self.batch))
         batches = self.reuse.batches
-        return jax.tree.map(lambda leaf: jnp.zeros((batches, *leaf.shape), leaf.dtype), shapes), jnp.asarray(
-            0, jnp.int32
-        )
+        room = jax.tree.map(lambda leaf: jnp.zeros((batches, *leaf.shape), leaf.dtype), shapes)
+        return room, jnp.asarray(0, jnp.int32)
 
     def _with_earlier(self, fresh: Trajectory, earlier, policy):
         """The fresh groups, the earlier ones behind them; weights, effective sample size, and what to keep."""

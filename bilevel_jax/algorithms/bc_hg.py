@@ -10,8 +10,9 @@ from jax.lax import stop_gradient
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
-from bilevel_jax.algorithms.visits import Visits, policy_term, reward_returns, step_costs
+from bilevel_jax.algorithms.visits import Visits, policy_term, reward_returns
 from bilevel_jax.estimators import SampledProblem, sample_groups
+from bilevel_jax.estimators.costs import step_costs
 from bilevel_jax.estimators.problem import require_tabular, temperature_of
 from bilevel_jax.functions import tabulate
 from bilevel_jax.validation import as_float, require_positive
@@ -40,13 +41,14 @@ class BCHG(SampledAlgorithm):
 
         def surrogate(x):
             losses = jax.vmap(problem.loss, (0, None, 0))(loss_keys, x, groups)
-            value = jnp.sum(losses) / self.batch
-            paid = step_costs(problem, stop_gradient(losses))
-            critic = self._sarsa(state.memory, visits, paid.each, paid.discount)
+            costs = step_costs(problem, losses)
+            value = jnp.sum(costs.factors * costs.each) / self.batch
+            each = jnp.repeat(stop_gradient(costs.each), problem.trajectories, 0)
+            critic = self._sarsa(state.memory, visits, each, costs.discount)
             upper = critic - jnp.sum(policy.values.astype(critic.dtype) * critic, -1, keepdims=True)
             advantage = upper.reshape(-1)[visits.pair].astype(losses.dtype)
             answer = visits.pair_means(reward_returns(problem, x, flat))[visits.pair]
-            answered = policy_term(advantage, answer, visits, paid.discount) * problem.trajectories
+            answered = policy_term(advantage, answer, visits, costs.factors) * problem.trajectories
             return value + answered / temperature_of(problem, x), (value, critic)
 
         gradient, (value, critic) = jax.grad(surrogate, has_aux=True)(state.x)

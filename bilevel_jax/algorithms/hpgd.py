@@ -8,8 +8,9 @@ from jax.lax import stop_gradient
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
-from bilevel_jax.algorithms.visits import Visits, policy_term, returns, reward_returns, step_costs
+from bilevel_jax.algorithms.visits import Visits, policy_term, reward_returns
 from bilevel_jax.estimators import SampledProblem, sample_groups
+from bilevel_jax.estimators.costs import step_costs
 from bilevel_jax.estimators.problem import require_tabular, temperature_of
 
 
@@ -29,13 +30,13 @@ class HPGD(SampledAlgorithm):
 
         def surrogate(x):
             losses = jax.vmap(problem.loss, (0, None, 0))(loss_keys, x, groups)
-            value = jnp.sum(losses) / self.batch
-            paid = step_costs(problem, stop_gradient(losses))
-            ahead = returns(paid.each, paid.discount)
+            costs = step_costs(problem, losses)
+            value = jnp.sum(costs.factors * costs.each) / self.batch
+            ahead = jnp.repeat(stop_gradient(costs).returns(), problem.trajectories, 0)
             advantage = visits.pair_means(ahead)[visits.pair] - visits.state_means(ahead)[visits.state]
             earned = reward_returns(problem, x, flat)
             answer = visits.pair_means(earned)[visits.pair] - visits.state_means(earned)[visits.state]
-            answered = policy_term(advantage, answer, visits, paid.discount) * problem.trajectories
+            answered = policy_term(advantage, answer, visits, costs.factors) * problem.trajectories
             return value + answered / temperature_of(problem, x), value
 
         gradient, value = jax.grad(surrogate, has_aux=True)(state.x)

@@ -71,7 +71,9 @@ class SoBiRL(SampledAlgorithm):
             weights,
         )
         learned = self.response.update(learned, self.problem, state.x, policy, fresh)
-        baseline_state = self.baseline.update(baseline_state, self.problem, fresh, made.to_go[: self.batch])
+        baseline_state = self.baseline.update(
+            baseline_state, self.problem, fresh, made.costs._replace(each=made.costs.each[: self.batch])
+        )
         return SampledEstimate(made.value, made.gradient, (learned, baseline_state, earlier), size)
 
     @property

@@ -7,38 +7,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from bilevel_jax.environments import TabularEnvironment, Trajectory
-from bilevel_jax.estimators.problem import SampledProblem, undiscounted
-
-
-class Costs(NamedTuple):
-    """What the upper level pays at each step, in units of that step, and the discount between two steps.
-
-    `each` [B, H], one row a trajectory. A loss paid as a whole is paid at the last step, undiscounted.
-    """
-
-    each: jax.Array
-    discount: jax.Array
-
-
-def step_costs(problem: SampledProblem, losses: jax.Array) -> Costs:
-    """Costs of the trajectories of each group from losses [N] or [N, H]; all of a group pay the same."""
-    if losses.ndim == 1:
-        last = jnp.arange(problem.horizon) == problem.horizon - 1
-        each, discount = losses[:, None] * last, jnp.ones((), losses.dtype)
-    else:
-        each, discount = undiscounted(problem, losses), problem.discount.astype(losses.dtype)
-    return Costs(jnp.repeat(each, problem.trajectories, 0), discount)
-
-
-def returns(costs: jax.Array, discount: jax.Array) -> jax.Array:
-    """What is still to come at each step, sum_k discount^k cost[h + k], for costs [B, H]."""
-
-    def back(ahead: jax.Array, cost: jax.Array) -> tuple[jax.Array, jax.Array]:
-        ahead = cost + discount * ahead
-        return ahead, ahead
-
-    _, backwards = jax.lax.scan(back, jnp.zeros_like(costs[:, 0]), costs.T, reverse=True)
-    return backwards.T
+from bilevel_jax.estimators.costs import returns
+from bilevel_jax.estimators.problem import SampledProblem
 
 
 class Visits(NamedTuple):
@@ -80,8 +50,7 @@ def reward_returns(problem: SampledProblem, x: Any, trajectories: Trajectory) ->
     return returns(taken, problem.discount.astype(taken.dtype))
 
 
-def policy_term(advantage: jax.Array, answer: jax.Array, visits: Visits, discount: jax.Array) -> jax.Array:
-    """mean over trajectories of sum_h discount^h advantage answer, [B, H] each; `advantage` is a constant."""
-    factors = discount ** jnp.arange(advantage.shape[1], dtype=discount.dtype)
+def policy_term(advantage: jax.Array, answer: jax.Array, visits: Visits, factors: jax.Array) -> jax.Array:
+    """mean over trajectories of sum_h factors[h] advantage answer, [B, H] both; `advantage` is a constant."""
     weighted = stop_gradient(jnp.where(visits.valid, factors * advantage, 0)) * answer
     return jnp.sum(weighted) / advantage.shape[0]

@@ -10,6 +10,7 @@ import optax
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
 from bilevel_jax.estimators import SampledProblem, sample_groups
+from bilevel_jax.estimators.costs import step_costs
 from bilevel_jax.validation import as_float, require_positive
 
 
@@ -54,7 +55,8 @@ class ZeroOrder(SampledAlgorithm):
         for_groups, for_loss = jax.random.split(key)
         groups = sample_groups(for_groups, self.problem, self.agent.policy(agent, self.problem, x), self.batch)
         losses = jax.vmap(self.problem.loss, (0, None, 0))(jax.random.split(for_loss, self.batch), x, groups)
-        return jnp.sum(losses) / self.batch
+        costs = step_costs(self.problem, losses)
+        return jnp.sum(costs.factors * costs.each) / self.batch
 
     @property
     def environment_steps(self):

@@ -1,6 +1,7 @@
 """Hyper-gradients from trajectories: the sampled problem, the estimator, and its parts."""
 
 from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut, NoBaseline, StateBaseline
+from bilevel_jax.estimators.costs import Costs
 from bilevel_jax.estimators.estimate import Estimate, estimate, estimate_from, sample_groups
 from bilevel_jax.estimators.importance import Weights, importance_weights
 from bilevel_jax.estimators.problem import SampledBilevelProblem, SampledProblem
@@ -16,6 +17,7 @@ from bilevel_jax.estimators.responses import (
 
 __all__ = [
     "Baseline",
+    "Costs",
     "Estimate",
     "Exact",
     "LearnedCritic",

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from bilevel_jax.environments import Trajectory
 from bilevel_jax.errors import InputError
-from bilevel_jax.estimators.problem import SampledProblem, discounts, require_tabular, undiscounted
+from bilevel_jax.estimators.costs import Costs
+from bilevel_jax.estimators.problem import SampledProblem, require_tabular
 
 
 class Baseline(eqx.Module):
@@ -19,29 +20,30 @@ class Baseline(eqx.Module):
         """The state before anything was learned; None for baselines that learn nothing."""
         del problem
 
-    def update(self, state: Any, problem: SampledProblem, groups: Trajectory, to_go: jax.Array) -> Any:
+    def update(self, state: Any, problem: SampledProblem, groups: Trajectory, costs: Costs) -> Any:
         """Learn from a batch, for later ones."""
-        del problem, groups, to_go
+        del problem, groups, costs
         return state
 
     @abc.abstractmethod
-    def values(self, state: Any, problem: SampledProblem, groups: Trajectory, to_go: jax.Array) -> jax.Array:
-        """[N, I, H], from groups [N, I, H] and what each still has to pay at each step, to_go[N, H]."""
+    def values(self, state: Any, problem: SampledProblem, groups: Trajectory, costs: Costs) -> jax.Array:
+        """[N, I, H], in the terms of `costs.returns()`, from groups [N, I, H] and what each paid, [N, H]."""
 
 
 class NoBaseline(Baseline):
     """Zero."""
 
-    def values(self, state, problem, groups, to_go):
+    def values(self, state, problem, groups, costs):
         del state, problem, groups
-        return jnp.zeros_like(to_go)[:, None]
+        return jnp.zeros_like(costs.each)[:, None]
 
 
 class LeaveOneOut(Baseline):
     """The mean over the other groups of the batch, at the same step. With one group only, zero."""
 
-    def values(self, state, problem, groups, to_go):
+    def values(self, state, problem, groups, costs):
         del state, problem, groups
+        to_go = costs.returns()
         others = max(1, to_go.shape[0] - 1)
         return ((jnp.sum(to_go, 0) - to_go) / others)[:, None]
 
@@ -49,9 +51,8 @@ class LeaveOneOut(Baseline):
 class StateBaseline(Baseline):
     """A table b[S] of what is paid from a state on, learned from earlier batches: the advantage form.
 
-    b moves towards the batch's mean of to_go / discount^h over the visits of a state by
-    `step_size`, at least by 1 / (batches that visited it). The value at step h is discount^h b[s_h]:
-    for losses that are discounted sums of costs of one trajectory.
+    b moves towards the batch's mean of `costs.returns()` over the visits of a state by `step_size`, at
+    least by 1 / (batches that visited it). For losses that are discounted sums of costs of one trajectory.
 
     Args:
       step_size: in (0, 1].
@@ -72,17 +73,18 @@ class StateBaseline(Baseline):
         zeros = jnp.zeros(environment.num_states, problem.discount.dtype)
         return zeros, zeros
 
-    def update(self, state, problem, groups, to_go):
+    def update(self, state, problem, groups, costs):
+        del problem
         table, batches = state
         states = groups.observation[:, 0]
         weight = groups.valid[:, 0].astype(table.dtype)
-        ahead = undiscounted(problem, to_go).astype(table.dtype)
+        ahead = costs.returns().astype(table.dtype)
         count = jnp.zeros_like(table).at[states].add(weight)
         mean = jnp.zeros_like(table).at[states].add(weight * ahead) / jnp.maximum(count, 1)
         batches = batches + (count > 0).astype(batches.dtype)
         rate = jnp.where(count > 0, jnp.maximum(1 / jnp.maximum(batches, 1), self.step_size), 0)
         return table + rate * (mean - table), batches
 
-    def values(self, state, problem, groups, to_go):
-        table, _ = state
-        return (table[groups.observation] * discounts(problem, to_go.shape[1])).astype(to_go.dtype)
+    def values(self, state, problem, groups, costs):
+        del problem
+        return state[0][groups.observation].astype(costs.each.dtype)

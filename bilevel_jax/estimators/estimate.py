@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from bilevel_jax.environments import Trajectory, rollout
-from bilevel_jax.errors import InputError
 from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut
+from bilevel_jax.estimators.costs import Costs, step_costs
 from bilevel_jax.estimators.problem import SampledProblem, temperature_of
 from bilevel_jax.estimators.responses import Response
 from bilevel_jax.functions import ActionFunction
@@ -17,14 +17,13 @@ from bilevel_jax.functions import ActionFunction
 class Estimate(NamedTuple):
     """`value`: the mean loss, an estimate of phi(x). `gradient`: of the hyper-gradient, a pytree as x.
 
-    `groups`: the trajectories [N, I, H] behind them, and what each group still had to pay at each
-    step, `to_go` [N, H].
+    `groups`: the trajectories [N, I, H] behind them, and what each group paid, `costs`.
     """
 
     value: jax.Array
     gradient: Any
     groups: Trajectory
-    to_go: jax.Array
+    costs: Costs
 
 
 def sample_groups(
@@ -94,31 +93,19 @@ def estimate_from(
     weights = jnp.ones(count) if weights is None else weights
     temperature = temperature_of(problem, x)
 
-    def paid(x):
-        losses = jax.vmap(problem.loss, (0, None, 0))(loss_keys, x, groups)
-        if losses.shape not in ((count,), (count, horizon)):
-            raise InputError(
-                f"loss: expected a scalar or [H] = [{horizon}] for each group, got shape {list(losses.shape[1:])}"
-            )
-        scaled = weights.astype(losses.dtype).reshape(-1, *(1,) * (losses.ndim - 1)) * losses
-        return jnp.sum(scaled) / count, losses
-
     def surrogate(x):
-        value, losses = paid(x)
-        losses = stop_gradient(losses)
-        # What is still to pay at a step; of a loss paid as a whole, all of it.
-        to_go = (
-            jnp.broadcast_to(losses[:, None], (count, horizon))
-            if losses.ndim == 1
-            else jnp.cumsum(losses[:, ::-1], 1)[:, ::-1]
-        )
-        credit = to_go[:, None] - baseline.values(baseline_state, problem, groups, to_go)
-        credit = jnp.where(groups.valid, credit * weights.astype(to_go.dtype)[:, None, None], 0) / count
+        losses = jax.vmap(problem.loss, (0, None, 0))(loss_keys, x, groups)
+        costs = step_costs(problem, losses)
+        weighted = weights.astype(losses.dtype)[:, None] * costs.factors
+        value = jnp.sum(weighted * costs.each) / count
+        constant = stop_gradient(costs)
+        credit = constant.returns()[:, None] - baseline.values(baseline_state, problem, groups, constant)
+        credit = jnp.where(groups.valid, credit * weighted[:, None], 0) / count
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
         answer = response.surrogate(
             for_response, response_state, problem, x, policy, flat, stop_gradient(credit.reshape(-1, horizon))
         )
-        return value + answer / temperature, (value, to_go)
+        return value + answer / temperature, (value, constant)
 
-    gradient, (value, to_go) = jax.grad(surrogate, has_aux=True)(x)
-    return Estimate(value, gradient, groups, to_go)
+    gradient, (value, costs) = jax.grad(surrogate, has_aux=True)(x)
+    return Estimate(value, gradient, groups, costs)

@@ -34,6 +34,11 @@ class SampledProblem(Protocol):
         ...
 
     @property
+    def loss_discount(self) -> jax.Array:
+        """Of what the upper level pays at each step, up to 1; without meaning for a loss paid as a whole."""
+        ...
+
+    @property
     def horizon(self) -> int:
         """H (static)."""
         ...
@@ -54,9 +59,10 @@ class SampledProblem(Protocol):
     def loss(self, key: jax.Array, x: Any, trajectories: Trajectory) -> jax.Array:
         """What the upper level pays for trajectories [I, H]: a scalar, or what is paid at each step, [H].
 
-        Entry h of the latter may depend on steps 0 to h only (of all trajectories): what is paid before
-        an action is then not credited to it, which lowers the variance. Steps that are not `valid` are
-        the loss's own to leave out. The key is for losses that are random themselves (a teacher's label).
+        The latter is summed, discounted by `loss_discount`. Entry h may depend on steps 0 to h only (of
+        all trajectories): what is paid before an action is then not credited to it, which lowers the
+        variance. Steps that are not `valid` are the loss's own to leave out. The key is for losses that
+        are random themselves (a teacher's label).
         """
         ...
 
@@ -70,6 +76,7 @@ class SampledBilevelProblem(eqx.Module):
       regularizer: a `ShannonEntropy` or `KLDivergence`.
       loss: (key, x, `Trajectory` [I, H]) -> scalar or [H].
       discount: of the lower level, in [0, 1).
+      loss_discount: of the entries of a loss [H].
       horizon, trajectories: H and I.
 
     Raises:
@@ -81,6 +88,7 @@ class SampledBilevelProblem(eqx.Module):
     _regularizer: Regularizer
     _loss: Callable
     discount: jax.Array
+    loss_discount: jax.Array
     horizon: int = eqx.field(static=True)
     trajectories: int = eqx.field(static=True)
 
@@ -93,6 +101,7 @@ class SampledBilevelProblem(eqx.Module):
         *,
         discount: Any,
         horizon: int,
+        loss_discount: Any = 1.0,
         trajectories: int = 1,
     ):
         self.environment = environment
@@ -101,6 +110,7 @@ class SampledBilevelProblem(eqx.Module):
         self._loss = _as_pytree(loss)
         self.discount = as_float("discount", discount)
         require_fraction("discount", self.discount, "for long horizons use e.g. 0.999")
+        self.loss_discount = as_float("loss_discount", loss_discount)
         for name, size in (("horizon", horizon), ("trajectories", trajectories)):
             if not isinstance(size, int) or size < 1:
                 raise InputError(f"{name}: expected an integer of at least 1, got {size!r}")
@@ -161,10 +171,3 @@ def _as_pytree(function: Callable) -> Callable:
 def discounts(problem: SampledProblem, horizon: int) -> jax.Array:
     """discount^h for h below the horizon, [H]."""
     return problem.discount ** jnp.arange(horizon, dtype=problem.discount.dtype)
-
-
-def undiscounted(problem: SampledProblem, costs: jax.Array) -> jax.Array:
-    """costs[..., H] / discount^h; 0 where the discount has made them too small to tell."""
-    factors = discounts(problem, costs.shape[-1]).astype(costs.dtype)
-    visible = factors > jnp.finfo(costs.dtype).tiny
-    return jnp.where(visible, costs / jnp.where(visible, factors, 1), 0)

@@ -115,6 +115,11 @@ class FourRooms(eqx.Module):
         return 1
 
     @property
+    def loss_discount(self) -> jax.Array:
+        """The designer discounts as the agent does."""
+        return self.discount
+
+    @property
     def grid(self) -> Grid:
         """The map; `incentive(x)` is a function of its cells."""
         return parse_map(MAP)
@@ -146,8 +151,7 @@ class FourRooms(eqx.Module):
     def loss(self, key, x, trajectories):
         del key
         reward = self._designer_reward(x).reshape(-1)[trajectories.observation[0]]
-        discounted = reward * self.discount ** jnp.arange(self.horizon, dtype=reward.dtype)
-        return -jnp.where(trajectories.valid[0], discounted, 0)
+        return -jnp.where(trajectories.valid[0], reward, 0)
 
     def _designer_reward(self, x: jax.Array) -> jax.Array:
         """What the designer gets in each context and state, [C, S]."""

@@ -84,6 +84,11 @@ class Garnet(eqx.Module):
         """One trajectory a loss."""
         return 1
 
+    @property
+    def loss_discount(self) -> jax.Array:
+        """The designer discounts as the agent does."""
+        return self.discount
+
     def start(self, key: jax.Array) -> jax.Array:
         """x ~ N(0, 0.1^2), [S, A]."""
         return 0.1 * jax.random.normal(key, self.base.shape)
@@ -104,8 +109,7 @@ class Garnet(eqx.Module):
 
     def loss(self, key, x, trajectories):
         del key
-        costs = self._costs(x)[trajectories.observation[0], trajectories.action[0]]
-        return costs * self.discount ** jnp.arange(self.horizon, dtype=costs.dtype)
+        return self._costs(x)[trajectories.observation[0], trajectories.action[0]]
 
     def _costs(self, x: jax.Array) -> jax.Array:
         return self.cost + self.price / 2 * x**2

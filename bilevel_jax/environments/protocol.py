@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bilevel_jax.environments.sampling import choose, uniform
+from bilevel_jax.errors import InputError
 from bilevel_jax.functions import ActionFunction
 
 
@@ -82,6 +84,7 @@ class Environment(eqx.Module):
             step_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, h + 1)))(keys)
             observations = jax.vmap(self.observe)(states)
             probabilities = jax.vmap(policy)(observations)
+            require_policy_shape(probabilities.shape[1:], (self.num_actions,))
             chosen = jax.vmap(choose)(jax.vmap(uniform)(step_keys[:, 0]), probabilities)
             if actions is not None:
                 chosen = jnp.where(h == 0, actions, chosen)
@@ -113,30 +116,10 @@ class Environment(eqx.Module):
         return False
 
 
-def uniform(key: jax.Array) -> jax.Array:
-    """A number in [0, 1), float32 with 24 random bits."""
-    return jax.random.uniform(key, dtype=jnp.float32)
-
-
-def choose(number: jax.Array, probabilities: jax.Array) -> jax.Array:
-    """The index that a uniform number in [0, 1) picks from probabilities[N]: the inverse distribution function.
-
-    Never one of probability 0, whatever the rounding.
-    """
-    return pick(number, thresholds(probabilities))
-
-
-def thresholds(probabilities: jax.Array) -> jax.Array:
-    """The cumulative sums over the last axis in float32, infinite from the last possible index on."""
-    sums = jnp.cumsum(probabilities, -1)
-    count = probabilities.shape[-1]
-    last = count - 1 - jnp.argmax(jnp.flip(probabilities, -1) > 0, -1)
-    return jnp.where(jnp.arange(count) >= last[..., None], jnp.inf, sums / sums[..., -1:]).astype(jnp.float32)
-
-
-def pick(number: jax.Array, thresholds: jax.Array) -> jax.Array:
-    """How many of thresholds[..., N] the number reaches, int32."""
-    return jnp.sum(number[..., None] >= thresholds, -1, dtype=jnp.int32)
+def require_policy_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raise InputError where a policy has other sizes than the environment: look-ups do not check them."""
+    if shape != expected:
+        raise InputError(f"policy: expected probabilities of shape {list(expected)}, got {list(shape)}")
 
 
 def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevel_jax.environments.protocol import Environment, TimeStep, Trajectory, pick, thresholds
+from bilevel_jax.environments.protocol import Environment, TimeStep, Trajectory, require_policy_shape
+from bilevel_jax.environments.sampling import pick, thresholds, two_numbers
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import tabulate
 from bilevel_jax.mdp import MDP
@@ -67,41 +68,58 @@ class TabularEnvironment(Environment):
         return self.reward.shape[1]
 
     def reset(self, key):
-        # The words of a folded key are random bits themselves: one hash a step serves both draws.
-        return pick(_numbers(jax.random.fold_in(key, 0))[0], self.initial)
+        return pick(two_numbers(key, 0)[0], self.initial)
 
     def observe(self, state):
         return state
 
     def step(self, key, state, action):
-        following, reward, ends = self._move(_numbers(jax.random.fold_in(key, 0))[1], state, action)
-        return following, TimeStep(following, reward, ends, jnp.zeros_like(ends))
+        pair = state * self.num_actions + action
+        following = self._follow(two_numbers(key, 0)[1], pair)
+        ends = _rows(self.ends, pair)
+        return following, TimeStep(following, _rows(self.reward.reshape(-1), pair), ends, jnp.zeros_like(ends))
 
     def run(self, keys, states, policy, horizon, actions):
         table = tabulate(policy, self.num_states).values
+        require_policy_shape(table.shape, self.reward.shape)
         chances = thresholds(table)
 
         def step(carry, h):
-            state, alive = carry
-            for_action, for_state = _numbers(jax.vmap(jax.random.fold_in, (0, None))(keys, h + 1))
+            state, ended = carry
+            for_action, for_state = two_numbers(keys, h + 1)
             action = pick(for_action, _rows(chances, state))
             if actions is not None:
                 action = jnp.where(h == 0, actions, action)
-            following, reward, ends = self._move(for_state, state, action)
-            probability = _rows(table.reshape(-1), state * self.num_actions + action)
-            return (following, alive & ~ends), (state, action, probability, reward, following, ends, alive)
+            pair = state * self.num_actions + action
+            following = jnp.where(ended, state, self._follow(for_state, pair))
+            return (following, ended | _rows(self.ends, pair)), jnp.where(ended, ~pair, pair)
 
-        start = (states, jnp.ones(keys.shape, bool))
-        (states, _), records = lax.scan(step, start, jnp.arange(horizon))
-        state, action, probability, reward, following, ends, alive = (jnp.swapaxes(r, 0, 1) for r in records)
-        trajectory = Trajectory(state, state, action, probability, reward, following, ends, jnp.zeros_like(ends), alive)
+        # The loop writes one number a step, below 0 after the end, from which all else follows: memory is
+        # what a long run waits for, the more so as [H, B] has to become [B, H].
+        start = (states.astype(jnp.int32), jnp.zeros(states.shape, bool))
+        (states, _), packed = lax.scan(step, start, jnp.arange(horizon, dtype=jnp.uint32))
+        packed = packed.T
+        valid = packed >= 0
+        pair = jnp.where(valid, packed, ~packed)
+        state = lax.div(pair, jnp.full_like(pair, self.num_actions))
+        following = jnp.concatenate([state[:, 1:], states[:, None]], 1)
+        ends = _rows(self.ends, pair)
+        trajectory = Trajectory(
+            state,
+            state,
+            pair - state * self.num_actions,
+            _rows(table.reshape(-1), pair),
+            _rows(self.reward.reshape(-1), pair),
+            following,
+            ends,
+            jnp.zeros_like(ends),
+            valid,
+        )
         return trajectory, states
 
-    def _move(self, number: jax.Array, state: jax.Array, action: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        pair = state * self.num_actions + action
+    def _follow(self, number: jax.Array, pair: jax.Array) -> jax.Array:
         slot = pick(number, _rows(self.threshold, pair))
-        following = _rows(self.successor.reshape(-1), pair * self.successor.shape[1] + slot)
-        return following, _rows(self.reward.reshape(-1), pair), _rows(self.ends, pair)
+        return _rows(self.successor.reshape(-1), pair * self.successor.shape[1] + slot)
 
 
 def flatten_contexts(mdp: MDP) -> MDP:
@@ -151,13 +169,6 @@ def _successors(probability: jax.Array) -> tuple[jax.Array, jax.Array]:
     weight, index = (probability, None) if most == states else lax.top_k(probability, most)
     index = jnp.broadcast_to(jnp.arange(states), weight.shape) if index is None else index
     return tuple(jnp.moveaxis(part, -1, -3) for part in (index.astype(jnp.int32), weight))  # type: ignore[return-value]
-
-
-def _numbers(keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two numbers in [0, 1), float32 with 24 random bits each, from the words of keys made by fold_in."""
-    words = jax.random.key_data(keys)[..., :2]
-    numbers = (words >> 8).astype(jnp.float32) * 2.0**-24
-    return numbers[..., 0], numbers[..., 1]
 
 
 def _rows(table: jax.Array, index: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from bilevel_jax.environments.protocol import Environment, Trajectory
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import ActionFunction
+from bilevel_jax.validation import as_array, require_index
 
 
 def rollout(
@@ -29,7 +30,8 @@ def rollout(
       first: number of the first trajectory.
 
     Raises:
-      InputError: batch or horizon is not an integer of at least 1.
+      InputError: batch or horizon is not an integer of at least 1; the policy has other sizes than the
+        environment.
     """
     keys = trajectory_keys(key, batch, first)
     states = jax.vmap(lambda key: environment.reset(jax.random.fold_in(key, 0)))(keys)
@@ -50,14 +52,27 @@ def rollout_from(
     Args:
       keys: one a trajectory, [B], e.g. from `trajectory_keys`.
       states: states of the simulator, a pytree with a leading axis [B].
-      actions: the first action of each, int32 [B]; None draws it from the policy, too. Steps after the
+      actions: the first action of each, integers [B]; None draws it from the policy, too. Steps after the
         first, given the same keys, draw from the same numbers either way.
+
+    Raises:
+      InputError: horizon is not an integer of at least 1; keys, states and actions are not of one length;
+        actions are not integers in 0 to A - 1; the policy has other sizes than the environment.
     """
+    keys = _typed(keys)
+    if keys.ndim != 1:
+        raise InputError(f"keys: expected one key a trajectory, [B], got shape {list(keys.shape)}")
+    for leaf in jax.tree.leaves(states):
+        if jnp.shape(leaf)[:1] != keys.shape:
+            raise InputError(f"states: expected a leading axis [B] = {list(keys.shape)}, got {list(jnp.shape(leaf))}")
+    if actions is not None:
+        actions = _first_actions(actions, keys.shape, environment.num_actions)
     return environment.run(keys, states, policy, _count("horizon", horizon), actions)
 
 
 def trajectory_keys(key: jax.Array, batch: int, first: Any = 0) -> jax.Array:
     """One key a trajectory, [B]."""
+    key = _typed(key)
     numbers = jnp.asarray(first, jnp.uint32) + jnp.arange(_count("batch", batch), dtype=jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
@@ -66,10 +81,10 @@ def segments(trajectories: Trajectory, starts: jax.Array, length: int) -> Trajec
     """From each trajectory [B, H] the `length` steps from starts[B] on, [B, length].
 
     Raises:
-      InputError: length is not in 1 to H. A start that is too late is moved forward to H - length.
+      InputError: length is not an integer in 1 to H. A start that is out of bounds is moved to 0 or H - length.
     """
     horizon = trajectories.action.shape[1]
-    if not 1 <= length <= horizon:
+    if _count("length", length) > horizon:
         raise InputError(f"length: expected 1 to the horizon {horizon}, got {length}")
     starts = jnp.clip(starts, 0, horizon - length)
 
@@ -82,10 +97,27 @@ def segments(trajectories: Trajectory, starts: jax.Array, length: int) -> Trajec
 def random_segments(key: jax.Array, trajectories: Trajectory, length: int) -> Trajectory:
     """One segment of each trajectory [B, H], its start drawn uniformly, [B, length]."""
     batch, horizon = trajectories.action.shape[:2]
-    return segments(trajectories, jax.random.randint(key, (batch,), 0, max(1, horizon - length + 1)), length)
+    return segments(
+        trajectories, jax.random.randint(key, (batch,), 0, max(1, horizon - _count("length", length) + 1)), length
+    )
+
+
+def _typed(keys: jax.Array) -> jax.Array:
+    """Keys made by `jax.random.PRNGKey`, arrays of words, as arrays of keys, so that shapes count keys."""
+    return keys if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(keys)
+
+
+def _first_actions(actions: Any, shape: tuple[int, ...], num_actions: int) -> jax.Array:
+    actions = as_array("actions", actions)
+    if actions.shape != shape or not jnp.issubdtype(actions.dtype, jnp.integer):
+        raise InputError(
+            f"actions: expected integers, one a trajectory, {list(shape)}, got {actions.dtype} {list(actions.shape)}"
+        )
+    require_index("actions", actions, num_actions)
+    return actions.astype(jnp.int32)
 
 
 def _count(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name}: expected an integer of at least 1, got {value!r}; it is a static size")
     return value

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.environments.protocol import Environment, TimeStep
+from bilevel_jax.errors import InputError
+from bilevel_jax.validation import require_setting
 
 
 class AutoReset(Environment):
@@ -38,23 +40,27 @@ class AutoReset(Environment):
 class TimeLimit(Environment):
     """Truncates a process after `steps` steps (a number, which may be traced).
 
-    The state is (state of the inner environment, steps made).
+    The state is (state of the inner environment, steps made). To go on after the limit, put `AutoReset`
+    around it.
+
+    Raises:
+      InputError: steps is not a whole number of at least 1; the environment resets by itself, so that a
+        limit around it would go on counting.
     """
 
     environment: Environment
     steps: jax.Array
 
     def __init__(self, environment: Environment, steps: Any):
+        if environment.resets:
+            raise InputError("environment: it resets by itself; use AutoReset(TimeLimit(environment, steps))")
+        require_setting("steps", steps, 1, "give the number of steps after which to stop", whole=True)
         self.environment = environment
-        self.steps = jnp.asarray(steps, jnp.int32)
+        self.steps = jnp.asarray(steps).astype(jnp.int32)
 
     @property
     def num_actions(self):
         return self.environment.num_actions
-
-    @property
-    def resets(self):
-        return self.environment.resets
 
     def reset(self, key):
         return self.environment.reset(key), jnp.zeros((), jnp.int32)

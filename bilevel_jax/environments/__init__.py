@@ -1,5 +1,6 @@
 """Simulators as pure functions, any `MDP` as one, and batches of trajectories from them."""
 
+from bilevel_jax.environments.gymnax import GymnaxEnvironment
 from bilevel_jax.environments.protocol import Environment, TimeStep, Trajectory
 from bilevel_jax.environments.rollout import random_segments, rollout, rollout_from, segments, trajectory_keys
 from bilevel_jax.environments.tabular import TabularEnvironment, flatten_contexts
@@ -8,6 +9,7 @@ from bilevel_jax.environments.wrappers import AutoReset, TimeLimit
 __all__ = [
     "AutoReset",
     "Environment",
+    "GymnaxEnvironment",
     "TabularEnvironment",
     "TimeLimit",
     "TimeStep",

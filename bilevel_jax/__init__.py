@@ -1,6 +1,6 @@
 """Differentiable regularized Markov decision processes and bilevel reinforcement learning in JAX."""
 
-from bilevel_jax import agents, algorithms, environments, estimators, problems
+from bilevel_jax import agents, algorithms, environments, estimators, preferences, problems
 from bilevel_jax.adjoint import GMRES, Descent, Direct, LinearSolver, LinearStats, Neumann, policy_value
 from bilevel_jax.errors import ConvergenceError, InputError
 from bilevel_jax.estimators import SampledBilevelProblem, SampledProblem
@@ -51,6 +51,7 @@ __all__ = [
     "estimators",
     "hypergradient",
     "policy_value",
+    "preferences",
     "problems",
     "solve",
 ]

@@ -123,7 +123,10 @@ def test_all_is_sorted_and_complete():
         name
         for name, thing in vars(bj).items()
         if not name.startswith("_")
-        and (not inspect.ismodule(thing) or name in {"agents", "algorithms", "environments", "estimators", "problems"})
+        and (
+            not inspect.ismodule(thing)
+            or name in {"agents", "algorithms", "environments", "estimators", "preferences", "problems"}
+        )
     }
     assert public == set(bj.__all__)
 

@@ -25,7 +25,7 @@ def make(name, **options):
 
 
 def test_names_are_sorted_and_complete():
-    assert bj.problems.names() == ("four_rooms", "synthetic")
+    assert bj.problems.names() == ("four_rooms", "garnet", "reward_shaping", "synthetic", "tabular_rlhf")
 
 
 @pytest.mark.parametrize("name", bj.problems.names())

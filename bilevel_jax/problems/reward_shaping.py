@@ -1,0 +1,203 @@
+"""Reward shaping for a short-sighted agent: bonuses that lead it past a small reward to a large one.
+
+The bilevel form of reward shaping (Hu et al., NeurIPS 2020, "Learning to utilize shaping rewards"): the
+upper level chooses a bonus, the agent optimizes its shaped reward, the upper level counts the true one.
+"""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax.adjoint import policy_value
+from bilevel_jax.environments import TabularEnvironment, Trajectory
+from bilevel_jax.errors import InputError
+from bilevel_jax.functions import Table
+from bilevel_jax.mdp import MDP
+from bilevel_jax.problems.grid import dynamics, parse_map
+from bilevel_jax.problems.registry import register
+from bilevel_jax.regularizers import ShannonEntropy
+from bilevel_jax.transitions import SuccessorTransition, Transition
+from bilevel_jax.validation import as_float, require_at_least, require_finite, require_fraction
+
+MOST = 10_000  # states
+ROWS = (
+    "xxxxxxxxx",
+    "xd  x   x",
+    "x   x   x",
+    "xs      x",
+    "x   x   x",
+    "x   x  gx",
+    "xxxxxxxxx",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardShapingOptions:
+    """Reward shaping: bonuses that lead a short-sighted agent past a small reward near by to a large one far off.
+
+    layout: "chain", states in a row with moves left and right; or "grid", a map with four moves.
+    states: of the chain. It starts in its second state; the small exit is its first, the goal its last.
+    rows: of the grid's map: x is a wall, s the start, g the goal (at least one), d a small exit; all else is free.
+    discount, temperature: of the agent.
+    true_discount: of the upper level.
+    distractor: reward of the small exit; that of the goal is 1.
+    bonus: "state" or "pair", what has a bonus of its own.
+    scale: bonuses are between -scale and scale.
+    price: weight of the sum of the squared bonuses / 2 in the objective.
+    slip: probability that another move than the chosen one is made.
+    horizon: steps of a sampled trajectory.
+    """
+
+    layout: str = "chain"
+    states: int = 10
+    rows: tuple[str, ...] = ROWS
+    discount: float = 0.7
+    temperature: float = 0.05
+    true_discount: float = 0.97
+    distractor: float = 0.2
+    bonus: str = "state"
+    scale: float = 0.5
+    price: float = 0.02
+    slip: float = 0.1
+    horizon: int = 500
+
+
+class RewardShaping(eqx.Module):
+    """The problem. The upper variable is x[S], or x[S A]; the bonus is scale * tanh(x).
+
+    Acting in an exit (the goal or the distractor) pays its reward and ends the process (discount 0
+    there); nothing else pays but the bonus, to the agent only. The upper level maximises the true reward
+    from the start, discounted by `true_discount`, minus price |bonus|^2 / 2.
+
+    A sampled trajectory is cut after `horizon` steps. What is cut is worth at most true_discount^horizon
+    times the largest reward (2.4e-7 by default), and less where the agent has mostly left by then.
+
+    Raises:
+      InputError: sizes, texts or numbers out of range, a map without start or goal.
+    """
+
+    transition: Transition
+    environment: TabularEnvironment  # emits the true reward
+    initial: jax.Array  # [S]
+    at_exit: jax.Array  # bool [S]
+    discount: jax.Array
+    true_discount: jax.Array
+    temperature: jax.Array
+    scale: jax.Array
+    price: jax.Array
+    horizon: int = eqx.field(static=True)
+    by_pair: bool = eqx.field(static=True)
+
+    def __init__(self, options: RewardShapingOptions):
+        _check(options)
+        layout = _chain(options) if options.layout == "chain" else _grid(options)
+        self.transition, at_start, at_goal, at_distractor = layout
+        self.at_exit = jnp.asarray(at_goal | at_distractor)
+        self.initial = jnp.asarray(at_start, float)
+        distractor = as_float("distractor", options.distractor, float)
+        require_finite("distractor", distractor)
+        true = jnp.where(at_goal, 1, jnp.where(at_distractor, distractor, 0))
+        for name in ("discount", "true_discount", "scale", "price"):
+            setattr(self, name, as_float(name, getattr(options, name), float))
+        require_fraction("discount", self.discount, "0.7 is short-sighted")
+        require_fraction("true_discount", self.true_discount, "for long horizons use e.g. 0.99")
+        for name in ("scale", "price"):
+            require_finite(name, getattr(self, name))
+            require_at_least(name, getattr(self, name), 0, "0 is none")
+        self.temperature = ShannonEntropy(options.temperature).temperature
+        self.horizon = options.horizon
+        self.by_pair = options.bonus == "pair"
+        # A simulator needs only to know which pairs end the process.
+        self.environment = TabularEnvironment(self._process(true[:, None], jnp.asarray(0.5, float)))
+
+    @property
+    def trajectories(self) -> int:
+        """One trajectory a loss."""
+        return 1
+
+    @property
+    def loss_discount(self) -> jax.Array:
+        """That of the true reward."""
+        return self.true_discount
+
+    def start(self, key: jax.Array) -> jax.Array:
+        """x ~ N(0, 0.1^2), [S] or [S A]."""
+        states, actions = self.transition.shape
+        return 0.1 * jax.random.normal(key, (states * actions if self.by_pair else states,))
+
+    def shaping(self, x: jax.Array) -> jax.Array:
+        """The bonus, [S, A] or [S, 1]."""
+        return self.scale * jnp.tanh(x).reshape(self.transition.shape[0], -1)
+
+    def reward(self, x):
+        return Table(self.environment.reward + self.shaping(x))
+
+    def mdp(self, x):
+        return self._process(self.reward(x).values, self.discount)
+
+    def regularizer(self, x):
+        del x
+        return ShannonEntropy(self.temperature)
+
+    def objective(self, x, solution):
+        return self._cost(x) - self.true_return(solution.policy)
+
+    def loss(self, key, x, trajectories: Trajectory):
+        del key
+        steps = jnp.arange(self.horizon)
+        # The price is due before the first action.
+        return jnp.where(steps == 0, self._cost(x), 0) - jnp.where(trajectories.valid[0], trajectories.reward[0], 0)
+
+    def true_return(self, policy: jax.Array) -> jax.Array:
+        """What a policy[S, A] earns: its true reward from the start, discounted by `true_discount`, a scalar."""
+        return policy_value(self._process(self.environment.reward, self.true_discount), policy) @ self.initial
+
+    def _cost(self, x: jax.Array) -> jax.Array:
+        return self.price * jnp.sum(self.shaping(x) ** 2) / 2
+
+    def _process(self, reward: jax.Array, discount: jax.Array) -> MDP:
+        """The dynamics with a reward [S, A] or [S, 1], and a discount where it does not end."""
+        shape = self.transition.shape
+        going = jnp.where(self.at_exit, 0, discount)[:, None]
+        return MDP(self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(going, shape), self.initial)
+
+
+def _chain(options: RewardShapingOptions) -> tuple[Transition, np.ndarray, np.ndarray, np.ndarray]:
+    """Dynamics, and where start, goal and distractor are; bool [S] each."""
+    slip = as_float("slip", options.slip, float)
+    require_fraction("slip", slip, "0 is none, 0.5 a random move")
+    place = np.arange(options.states)
+    moves = np.clip(np.stack([place - 1, place + 1], -1), 0, options.states - 1)  # [S, A]: left, right
+    successor = jnp.asarray(np.stack([moves, moves[:, ::-1]]), jnp.int32)  # the chosen one first
+    probability = jnp.broadcast_to(jnp.stack([1 - slip, slip])[:, None, None], successor.shape)
+    return SuccessorTransition(successor, probability), place == 1, place == options.states - 1, place == 0
+
+
+def _grid(options: RewardShapingOptions) -> tuple[Transition, np.ndarray, np.ndarray, np.ndarray]:
+    """Dynamics, and where start, goals and distractors are; bool [S] each."""
+    grid = parse_map("\n".join(options.rows))
+    letters = np.array([options.rows[row][column] for row, column in grid.cells])
+    if (letters == "s").sum() != 1:
+        raise InputError(f"rows: expected one start 's', got {(letters == 's').sum()}")
+    if not (letters == "g").any():
+        raise InputError("rows: no goal; mark at least one cell 'g'")
+    return dynamics(grid, options.slip, "successor"), *(letters == letter for letter in "sgd")
+
+
+def _check(options: RewardShapingOptions) -> None:
+    for name, valid in (("layout", ("chain", "grid")), ("bonus", ("state", "pair"))):
+        if getattr(options, name) not in valid:
+            raise InputError(f"{name}: expected {valid[0]!r} or {valid[1]!r}, got {getattr(options, name)!r}")
+    if not 3 <= options.states <= MOST:
+        limit = "at least 3 (exit, start and goal)" if options.states < 3 else f"at most {MOST}"
+        raise InputError(f"states must be {limit}, got {options.states}")
+    if options.horizon < 1:
+        raise InputError(f"horizon must be at least 1, got {options.horizon}; the default is 500")
+    if not options.rows:
+        raise InputError("rows: the map is empty; give at least one row")
+
+
+register("reward_shaping", RewardShapingOptions, RewardShaping)

@@ -24,7 +24,8 @@ def rollout(
 
     Args:
       key: of the whole batch. Trajectory number b is made from `fold_in(key, b)` alone, so that
-        `batch=8` gives the bits of `batch=4` and of `batch=4, first=4` after it.
+        `batch=8` gives the bits of `batch=4` and of `batch=4, first=4` after it; only what a policy or a
+        simulator computes in floating point may differ in its last digit, as XLA sees fit.
       policy: observation -> probabilities of the actions [A]; a `Table`, or any function or module.
       batch, horizon: B and H (static).
       first: number of the first trajectory.

@@ -20,6 +20,7 @@ def choose(number: jax.Array, probabilities: jax.Array) -> jax.Array:
     return pick(number, thresholds(probabilities))
 
 
+@jax.jit
 def thresholds(probabilities: jax.Array) -> jax.Array:
     """The cumulative sums of probabilities[..., N] in float32, infinite from the last possible index on.
 
@@ -39,6 +40,7 @@ def pick(number: jax.Array, thresholds: jax.Array) -> jax.Array:
     return jnp.sum(number[..., None] >= thresholds, -1, dtype=jnp.int32)
 
 
+@jax.jit
 def two_numbers(keys: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """Two numbers in [0, 1) for each of keys[...], float32 with 24 random bits: the words of `fold_in(key, count)`.
 

@@ -47,8 +47,10 @@ DISCOUNT = np.where(ENDS, 0.0, 0.9)
 KEY = jax.random.key(7)
 
 
-def tabular(layout="dense", discount=DISCOUNT, process=PROCESS):
-    return TabularEnvironment(helpers.make_mdp(process, discount, layout))
+@functools.cache
+def tabular(layout="dense", discount=None, seed=0):
+    discount = DISCOUNT if discount is None else discount
+    return TabularEnvironment(helpers.make_mdp(helpers.random_process(seed), discount, layout))
 
 
 class Generic(Environment):
@@ -195,7 +197,8 @@ def test_steps_follow_one_another_and_stop_counting_at_the_end(make):
 @pytest.mark.parametrize("make", [tabular, lambda: Generic(tabular())])
 def test_final_states_are_where_each_process_ended_or_is(make):
     keys = trajectory_keys(KEY, 400)
-    t, final = rollout_from(keys, make(), bj.Table(POLICY), jnp.zeros(400, jnp.int32), horizon=9)
+    run = eqx.filter_jit(rollout_from)
+    t, final = run(keys, make(), bj.Table(POLICY), jnp.zeros(400, jnp.int32), horizon=9)
     last = np.asarray(t.valid).sum(1) - 1
     np.testing.assert_array_equal(final, np.asarray(t.next_observation)[np.arange(400), last])
     assert (last < 8).any()
@@ -339,8 +342,7 @@ def test_numbers_of_other_kinds_of_keys(kind):
 
 CASES = {
     "tabular": (tabular, lambda: bj.Table(POLICY)),
-    "generic": (lambda: Generic(tabular()), lambda: bj.Table(POLICY)),
-    "walk": (lambda: AutoReset(TimeLimit(Walk(), 5)), lambda: walk_policy),
+    "generic": (lambda: AutoReset(TimeLimit(Walk(), 5)), lambda: walk_policy),
 }
 
 
@@ -360,16 +362,14 @@ def test_bits_do_not_depend_on_the_cut(case):
     mapped = jax.vmap(run)(jnp.stack([KEY, KEY, other]), jnp.asarray([0, 4, 2]))
     assert_same(jax.tree.map(lambda leaf: leaf[:2].reshape(8, *leaf.shape[2:]), mapped), whole)
     assert_same(jax.tree.map(lambda leaf: leaf[2], mapped), run(other, 2))
-    one_by_one = [run(KEY, b, batch=1) for b in range(8)]
-    assert_same(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *one_by_one), whole)
+    assert_same(part_of(whole, 6, 7), run(KEY, 6, batch=1))
     eager = bj.environments.rollout(KEY, environment, policy, batch=4, horizon=5, first=4)
     assert_same(jax.tree.map(lambda leaf: leaf[:, :5], parts[1]), eager)
 
 
-@pytest.mark.parametrize("case", ["tabular", "generic"])
-def test_old_style_keys_are_keys(case):
-    environment, policy = (make() for make in CASES[case])
-    run = functools.partial(rollout, environment=environment, policy=policy, batch=3, horizon=4)
+@pytest.mark.parametrize("make", [tabular, lambda: Generic(tabular())])
+def test_old_style_keys_are_keys(make):
+    run = functools.partial(rollout, environment=make(), policy=bj.Table(POLICY), batch=3, horizon=4)
     assert_same(run(jax.random.PRNGKey(5)), run(jax.random.key(5)))
 
 
@@ -377,7 +377,7 @@ def test_old_style_keys_are_keys(case):
 def test_first_actions_and_common_numbers(make):
     environment, policy = make(), bj.Table(POLICY)
     keys, starts = trajectory_keys(KEY, 64), jnp.arange(64, dtype=jnp.int32) % STATES
-    run = functools.partial(rollout_from, keys, environment, policy, starts, horizon=9)
+    run = eqx.filter_jit(functools.partial(rollout_from, keys, environment, policy, starts, horizon=9))
     free, final = run()
     given_actions, _ = run(actions=jnp.full(64, 1))  # int64: any integer type will do
     np.testing.assert_array_equal(given_actions.action[:, 0], 1)
@@ -398,9 +398,11 @@ def test_first_actions_and_common_numbers(make):
 
 
 def test_a_run_can_be_taken_up_where_it_ended():
-    environment = AutoReset(tabular())
-    t, final = rollout_from(trajectory_keys(KEY, 5), environment, bj.Table(POLICY), jnp.zeros(5, jnp.int32), horizon=7)
-    more, _ = rollout_from(trajectory_keys(KEY, 5, 5), environment, bj.Table(POLICY), final, horizon=3)
+    run = eqx.filter_jit(
+        functools.partial(rollout_from, environment=AutoReset(tabular()), policy=bj.Table(POLICY), horizon=7)
+    )
+    t, final = run(trajectory_keys(KEY, 5), states=jnp.zeros(5, jnp.int32))
+    more, _ = run(trajectory_keys(KEY, 5, 5), states=final)
     np.testing.assert_array_equal(more.state[:, 0], final)
     going_on = ~np.asarray(t.terminated)[:, -1]
     np.testing.assert_array_equal(final[going_on], t.next_observation[going_on, -1])
@@ -463,7 +465,7 @@ def test_an_environment_is_an_argument_of_jit():
         return rollout(KEY, environment, bj.Table(POLICY), batch=2, horizon=3).reward
 
     run(tabular("successor"))
-    run(tabular("successor", process=helpers.random_process(5)))
+    run(tabular("successor", seed=5))
     assert traces == 1
 
 
@@ -512,7 +514,7 @@ def test_without_reset_the_state_stays_where_it_ended():
     place, valid = np.asarray(t.state[0]), np.asarray(t.valid)
     assert (np.abs(place[valid]) < 3).all()
     assert (np.abs(place[~valid]) == 3).all()
-    assert (np.asarray(t.reward)[valid].sum(1 if valid.all() else 0) == (~valid[:, -1] | ended(t)[:, -1]).sum()).all()
+    np.testing.assert_array_equal((np.asarray(t.reward) * valid).sum(1), (ended(t) & valid).any(1))
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -617,7 +619,7 @@ def test_several_discounts_are_refused():
     discount = DISCOUNT.copy()
     discount[0, 0] = 0.5
     with pytest.raises(bj.InputError, match=r"discount.*2, from 0.5 to 0.9"):
-        tabular(discount=discount)
+        TabularEnvironment(helpers.make_mdp(PROCESS, discount))
     mdp, _ = contexts()
     with pytest.raises(bj.InputError, match=r"discount.*3"):
         TabularEnvironment(mdp.replace(discount=np.asarray([0.5, 0.6, 0.7])))
@@ -754,12 +756,12 @@ class Wrapper:
         return 2 * observation, following, reward, done, info
 
 
-def steps_of(environment, actions, *, reset=False):
+def steps_of(environment, actions):
     """Time steps of one process, by hand."""
-    state, made = environment.reset(KEY), []
+    state, step, made = environment.reset(KEY), jax.jit(lambda *arguments: environment.step(*arguments)), []
     for action in actions:
-        state, step = environment.step(KEY, state, jnp.int32(action))
-        made.append(step)
+        state, one = step(KEY, state, jnp.int32(action))
+        made.append(one)
     return jax.tree.map(lambda *leaves: np.stack(leaves), *made)
 
 
@@ -783,7 +785,7 @@ def test_adapted_environments(kind):
         assert both.truncated[-1] == (kind is Line)
 
 
-@pytest.mark.parametrize("kind", [Line, LineThatTells, LineOfSix])
+@pytest.mark.parametrize("kind", [Line, LineOfSix])
 def test_adapted_environments_run(kind):
     environment = GymnaxEnvironment(kind())
 
@@ -881,7 +883,7 @@ def test_steps_of_other_numbers_of_values_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["CartPole-v1", "Catch-bsuite"])
+@pytest.mark.parametrize("name", ["CartPole-v1"])
 def test_gymnax_itself(name):
     gymnax = pytest.importorskip("gymnax")
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):

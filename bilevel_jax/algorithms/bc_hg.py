@@ -12,7 +12,7 @@ from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
 from bilevel_jax.algorithms.visits import Visits, policy_term, reward_returns
 from bilevel_jax.estimators import SampledProblem, sample_groups
-from bilevel_jax.estimators.costs import step_costs
+from bilevel_jax.estimators.costs import returns, step_costs
 from bilevel_jax.estimators.problem import require_tabular, temperature_of
 from bilevel_jax.functions import tabulate
 from bilevel_jax.validation import as_float, require_positive
@@ -59,7 +59,9 @@ class BCHG(SampledAlgorithm):
         q = critic.reshape(-1)
         ahead = jnp.concatenate([q[visits.pair[:, 1:]], jnp.zeros_like(q[visits.pair[:, :1]])], 1)
         goes_on = jnp.concatenate([visits.valid[:, 1:], jnp.zeros_like(visits.valid[:, :1])], 1)
-        target = costs.astype(q.dtype) + jnp.where(goes_on, discount.astype(q.dtype) * ahead, 0)
+        costs, discount = costs.astype(q.dtype), discount.astype(q.dtype)
+        # The last step that was made pays for what falls due after the end as well.
+        target = jnp.where(goes_on, costs + discount * ahead, returns(costs, discount))
         count = jnp.zeros_like(q).at[visits.pair].add(visits.valid.astype(q.dtype))
         rate = 1 - (1 - jnp.minimum(self.critic_rate.astype(q.dtype), 1)) ** count
         return (q + rate * (visits.pair_means(target) - q)).reshape(critic.shape)

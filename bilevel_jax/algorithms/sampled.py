@@ -35,7 +35,7 @@ class SampledInfo(eqx.Module):
     `objective`: mean loss of the batch, an estimate of phi(x). `gradient`: the estimate of the
     hyper-gradient, and its 2-norm. `environment_steps` that the iteration took, lower level included.
     `effective_sample_size`: of the groups of trajectories, their number unless they are weighted.
-    `result`: CONVERGED, or NOT_FINITE where the estimate is not.
+    `result`: CONVERGED, or NOT_FINITE where the estimate or x is not.
     """
 
     objective: jax.Array
@@ -119,13 +119,14 @@ def _step(algorithm, key, state):
     made = algorithm.estimate(for_estimate, state)
     updates, optimizer_state = algorithm.optimizer.update(made.gradient, state.optimizer_state, state.x)
     norm = optax.tree.norm(made.gradient)
-    finite = jnp.isfinite(norm) & jnp.isfinite(made.value)
+    # An estimate may miss that x is not finite: not every state is visited.
+    finite = jnp.isfinite(norm) & jnp.isfinite(made.value) & jnp.isfinite(optax.tree.norm(state.x))
     info = SampledInfo(
         made.value,
         made.gradient,
         norm,
         jnp.asarray(algorithm.environment_steps, jnp.int32),
-        made.effective_sample_size,
+        made.effective_sample_size.astype(made.value.dtype),
         jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32),
     )
     return SampledState(optax.apply_updates(state.x, updates), state.agent, made.memory, optimizer_state), info

@@ -50,7 +50,7 @@ class SoBiRL(SampledAlgorithm):
     reuse: Reuse | None = None
 
     def init_memory(self, x):
-        return self.response.init(self.problem, x), self.baseline.init(self.problem), self._no_batches()
+        return self.response.init(self.problem, x), self.baseline.init(self.problem), self._no_batches(x)
 
     def estimate(self, key, state):
         learned, baseline_state, earlier = state.memory
@@ -85,12 +85,16 @@ class SoBiRL(SampledAlgorithm):
             + self.response.environment_steps(self.problem, groups * self.problem.trajectories)
         )
 
-    def _no_batches(self):
+    def _no_batches(self, x):
         """Room for the batches to be used again, [R, N, I, H], and how many of them are there."""
         if self.reuse is None:
             return None
-        uniform = jnp.full(self.problem.environment.num_actions, 1 / self.problem.environment.num_actions)
-        shapes = jax.eval_shape(lambda: sample_groups(jax.random.key(0), self.problem, lambda _: uniform, self.batch))
+
+        def sampled(key):
+            policy = self.agent.policy(self.init_agent(key, x), self.problem, x)
+            return sample_groups(key, self.problem, policy, self.batch)
+
+        shapes = jax.eval_shape(sampled, jax.random.key(0))
         batches = self.reuse.batches
         room = jax.tree.map(lambda leaf: jnp.zeros((batches, *leaf.shape), leaf.dtype), shapes)
         return room, jnp.asarray(0, jnp.int32)

@@ -18,6 +18,7 @@ from bilevel_jax.estimators import (
     SampledProblem,
     estimate_from,
     importance_weights,
+    regroup,
     sample_groups,
 )
 from bilevel_jax.validation import as_float, require_positive
@@ -48,6 +49,7 @@ class SoBiRL(SampledAlgorithm):
     baseline: Baseline
     batch: int = eqx.field(static=True)
     reuse: Reuse | None = None
+    pairings: int = eqx.field(default=1, static=True)
 
     def init_memory(self, x):
         return self.response.init(self.problem, x), self.baseline.init(self.problem), self._no_batches(x)
@@ -56,7 +58,8 @@ class SoBiRL(SampledAlgorithm):
         learned, baseline_state, earlier = state.memory
         policy = self.policy(state)
         for_groups, for_rest = jax.random.split(key)
-        fresh = sample_groups(for_groups, self.problem, policy, self.batch)
+        sampled = sample_groups(for_groups, self.problem, policy, self.batch)
+        fresh = regroup(sampled, self.pairings)
         groups, weights, size, earlier = self._with_earlier(fresh, earlier, policy)
         made = estimate_from(
             for_rest,
@@ -70,20 +73,24 @@ class SoBiRL(SampledAlgorithm):
             baseline_state,
             weights,
         )
-        learned = self.response.update(learned, self.problem, state.x, policy, fresh)
-        baseline_state = self.baseline.update(
-            baseline_state, self.problem, fresh, made.costs._replace(each=made.costs.each[: self.batch])
-        )
+        learned = self.response.update(learned, self.problem, state.x, policy, sampled)
+        paid = made.costs._replace(each=made.costs.each[: self._groups])
+        baseline_state = self.baseline.update(baseline_state, self.problem, fresh, paid)
         return SampledEstimate(made.value, made.gradient, (learned, baseline_state, earlier), size)
 
     @property
     def environment_steps(self):
-        groups = self.batch * (1 if self.reuse is None else 1 + self.reuse.batches)
+        groups = self._groups * (1 if self.reuse is None else 1 + self.reuse.batches)
         return (
             self.agent.environment_steps(self.problem)
             + batch_steps(self.problem, self.batch)
             + self.response.environment_steps(self.problem, groups * self.problem.trajectories)
         )
+
+    @property
+    def _groups(self) -> int:
+        """Groups made from a batch."""
+        return self.batch * self.pairings
 
     def _no_batches(self, x):
         """Room for the batches to be used again, [R, N, I, H], and how many of them are there."""
@@ -92,7 +99,7 @@ class SoBiRL(SampledAlgorithm):
 
         def sampled(key):
             policy = self.agent.policy(self.init_agent(key, x), self.problem, x)
-            return sample_groups(key, self.problem, policy, self.batch)
+            return regroup(sample_groups(key, self.problem, policy, self.batch), self.pairings)
 
         shapes = jax.eval_shape(sampled, jax.random.key(0))
         batches = self.reuse.batches
@@ -102,10 +109,10 @@ class SoBiRL(SampledAlgorithm):
     def _with_earlier(self, fresh: Trajectory, earlier, policy):
         """The fresh groups, the earlier ones behind them; weights, effective sample size, and what to keep."""
         if self.reuse is None:
-            return fresh, None, jnp.asarray(float(self.batch)), None
+            return fresh, None, jnp.asarray(float(self._groups)), None
         kept, count = earlier
         groups = jax.tree.map(lambda new, old: jnp.concatenate([new, old.reshape(-1, *new.shape[1:])]), fresh, kept)
-        here = jnp.repeat(jnp.arange(self.reuse.batches + 1, dtype=count.dtype) <= count, self.batch)
+        here = jnp.repeat(jnp.arange(self.reuse.batches + 1, dtype=count.dtype) <= count, self._groups)
         # Room that is still empty holds no actions: give it a probability, and then no weight.
         safe = groups._replace(probability=jnp.where(here[:, None, None], groups.probability, 1))
         raw = importance_weights(policy, safe, self.reuse.clip).weights
@@ -125,6 +132,7 @@ def sobirl(
     batch: int = 64,
     baseline: Baseline | None = None,
     reuse: Reuse | None = None,
+    pairings: int = 1,
 ) -> SoBiRL:
     """SoBiRL (Yang, Gao and Yuan, AISTATS 2025, Algorithm 2) for any `SampledProblem`.
 
@@ -138,10 +146,13 @@ def sobirl(
       response: estimator of dQ* - dV*, see `estimators`.
       batch: groups of trajectories an iteration (static).
       baseline: None is `LeaveOneOut()`.
+      pairings: groups that each trajectory is used in, for losses that compare trajectories (static); see
+        `estimators.regroup`. `LeaveOneOut` then takes means over groups that share a trajectory, which
+        shrinks the gradient by about 1 / batch.
       reuse: `Reuse(...)` uses earlier batches again, weighted by importance; None does not.
 
     Raises:
-      InputError: batch below 1.
+      InputError: batch below 1, pairings not from 1 to the batch.
     """
     baseline = LeaveOneOut() if baseline is None else baseline
-    return SoBiRL(problem, optimizer, agent, response, baseline, require_batch(batch), reuse)
+    return SoBiRL(problem, optimizer, agent, response, baseline, require_batch(batch), reuse, pairings)

@@ -1,8 +1,14 @@
 """Hyper-gradients from trajectories: the sampled problem, the estimator, and its parts."""
 
-from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut, NoBaseline, StateBaseline
+from bilevel_jax.estimators.baselines import (
+    Baseline,
+    LearnedAdvantage,
+    LeaveOneOut,
+    NoBaseline,
+    StateBaseline,
+)
 from bilevel_jax.estimators.costs import Costs
-from bilevel_jax.estimators.estimate import Estimate, estimate, estimate_from, sample_groups
+from bilevel_jax.estimators.estimate import Estimate, estimate, estimate_from, regroup, sample_groups
 from bilevel_jax.estimators.importance import Weights, importance_weights
 from bilevel_jax.estimators.problem import SampledBilevelProblem, SampledProblem
 from bilevel_jax.estimators.responses import (
@@ -20,6 +26,7 @@ __all__ = [
     "Costs",
     "Estimate",
     "Exact",
+    "LearnedAdvantage",
     "LearnedCritic",
     "LearnedModel",
     "LeaveOneOut",
@@ -35,5 +42,6 @@ __all__ = [
     "estimate",
     "estimate_from",
     "importance_weights",
+    "regroup",
     "sample_groups",
 ]

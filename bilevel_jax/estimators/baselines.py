@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from bilevel_jax.environments import Trajectory
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators.costs import Costs
+from bilevel_jax.estimators.counts import Counts
 from bilevel_jax.estimators.problem import SampledProblem, require_tabular
+from bilevel_jax.functions import ActionFunction, tabulate
 
 
 class Baseline(eqx.Module):
@@ -28,6 +30,13 @@ class Baseline(eqx.Module):
     @abc.abstractmethod
     def values(self, state: Any, problem: SampledProblem, groups: Trajectory, costs: Costs) -> jax.Array:
         """[N, I, H], in the terms of `costs.returns()`, from groups [N, I, H] and what each paid, [N, H]."""
+
+    def credit(
+        self, state: Any, problem: SampledProblem, policy: ActionFunction, groups: Trajectory, costs: Costs
+    ) -> jax.Array:
+        """What each action is charged with, [N, I, H]: what was still paid from its step on, less `values`."""
+        del policy
+        return costs.returns()[:, None] - self.values(state, problem, groups, costs)
 
 
 class NoBaseline(Baseline):
@@ -88,3 +97,51 @@ class StateBaseline(Baseline):
     def values(self, state, problem, groups, costs):
         del problem
         return state[0][groups.observation].astype(costs.each.dtype)
+
+
+class LearnedAdvantage(StateBaseline):
+    """The upper level's advantage Q - V in the place of what was paid: an actor-critic form.
+
+    Q solves Q = c + discount P pi Q for the transition frequencies of all earlier batches and the mean
+    costs c[s, a] of late ones, `step_size` being the weight of a batch against those before it. Far less
+    variance than what single trajectories paid; consistent, if a cost depends on the past through the
+    state and action only. Where a pair was never seen before, the paid returns stand in.
+
+    Raises:
+      InputError: the environment is not tabular, or the loss looks at more than one trajectory.
+    """
+
+    def init(self, problem):
+        zeros, _ = super().init(problem)
+        environment = require_tabular(problem, "LearnedAdvantage")
+        counts = Counts.none(environment, zeros.dtype)
+        return counts, jnp.zeros_like(counts.visits), jnp.zeros_like(counts.visits)
+
+    def update(self, state, problem, groups, costs):
+        counts, paid, weight = state
+        environment = require_tabular(problem, "LearnedAdvantage")
+        new = Counts.of(environment, groups, paid.dtype)
+        pair = (groups.observation * environment.num_actions + groups.action)[:, 0]
+        each = jnp.where(groups.valid[:, 0], costs.each, 0).astype(paid.dtype)
+        keep = 1 - jnp.asarray(self.step_size, paid.dtype)
+        return (
+            jax.tree.map(jnp.add, counts, new),
+            keep * paid + jnp.zeros_like(paid).at[pair].add(each),
+            keep * weight + new.visits,
+        )
+
+    def values(self, state, problem, groups, costs):
+        raise NotImplementedError
+
+    def credit(self, state, problem, policy, groups, costs):
+        counts, paid, weight = state
+        environment = require_tabular(problem, "LearnedAdvantage")
+        pi = tabulate(policy, environment.num_states).values.astype(paid.dtype)
+        mean = jnp.where(weight > 0, paid / jnp.where(weight > 0, weight, 1), 0)
+        q = counts.action_values(pi, mean.reshape(pi.shape), jnp.asarray(costs.discount, paid.dtype))
+        v = jnp.sum(pi * q, -1)
+        pair = groups.observation * environment.num_actions + groups.action
+        known = q.reshape(-1)[pair] - v[groups.observation]
+        seen = counts.visits[pair] > 0
+        paid_on = costs.returns()[:, None].astype(paid.dtype) - v[groups.observation]
+        return jnp.where(seen, known, paid_on).astype(costs.each.dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from bilevel_jax.environments import Trajectory, rollout
+from bilevel_jax.errors import InputError
 from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut
 from bilevel_jax.estimators.costs import Costs, step_costs
 from bilevel_jax.estimators.problem import SampledProblem, temperature_of
@@ -40,6 +41,23 @@ def sample_groups(
         first=jnp.asarray(first, jnp.uint32) * size,
     )
     return jax.tree.map(lambda leaf: leaf.reshape(batch, size, *leaf.shape[1:]), sampled)
+
+
+def regroup(groups: Trajectory, times: int) -> Trajectory:
+    """times N groups from groups [N, I, H]: trajectory i of group n also joins those of groups n - i k, k < times.
+
+    For losses that compare trajectories: means over all of them use each trajectory `times` times, at no
+    step of the simulator. No two of the first trajectory's groups share another one if times (I - 1) <= N.
+
+    Raises:
+      InputError: times is not in 1 to N.
+    """
+    count, size = groups.action.shape[:2]
+    if not isinstance(times, int) or not 1 <= times <= count:
+        raise InputError(f"times: expected an integer from 1 to the {count} groups, got {times!r}")
+    row = jnp.arange(count)[:, None]
+    which = [(row + jnp.arange(size) * shift) % count for shift in range(times)]
+    return jax.tree.map(lambda leaf: leaf[jnp.concatenate(which), jnp.arange(size)], groups)
 
 
 def estimate(
@@ -99,7 +117,7 @@ def estimate_from(
         weighted = weights.astype(losses.dtype)[:, None] * costs.factors
         value = jnp.sum(weighted * costs.each) / count
         constant = stop_gradient(costs)
-        credit = constant.returns()[:, None] - baseline.values(baseline_state, problem, groups, constant)
+        credit = baseline.credit(baseline_state, problem, policy, groups, constant)
         credit = jnp.where(groups.valid, credit * weighted[:, None], 0) / count
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
         answer = response.surrogate(

@@ -18,15 +18,15 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 
-from bilevel_jax.adjoint import default_linear_solver, linear_solve, policy_value
+from bilevel_jax.adjoint import policy_value
 from bilevel_jax.bellman import action_values
 from bilevel_jax.environments import TabularEnvironment, Trajectory, rollout_from, trajectory_keys
 from bilevel_jax.errors import InputError
+from bilevel_jax.estimators.counts import Counts
 from bilevel_jax.estimators.problem import SampledProblem, discounts, require_tabular, reward_table
 from bilevel_jax.functions import ActionFunction, tabulate
 from bilevel_jax.hypergradient import Problem
 from bilevel_jax.mdp import over_batch
-from bilevel_jax.transitions import DenseOperator
 
 
 class Response(eqx.Module):
@@ -232,7 +232,7 @@ class LearnedCritic(Response):
         flat, unravel = ravel_pytree(x)
         jacobian = jax.jacobian(lambda f: reward_table(problem, unravel(f), environment.num_states).reshape(-1))(flat)
         pi = tabulate(policy, environment.num_states).values.astype(flat.dtype)
-        seen = _Counts.of(environment, groups, flat.dtype)
+        seen = Counts.of(environment, groups, flat.dtype)
         batches = batches + (seen.visits > 0).astype(flat.dtype)
         rate = jnp.where(seen.visits > 0, jnp.maximum(1 / jnp.maximum(batches, 1), self.step_size), 0)
         follows = problem.discount.astype(flat.dtype) * seen.transition()
@@ -265,13 +265,11 @@ class LearnedModel(Response):
 
     def init(self, problem, x):
         environment = require_tabular(problem, "LearnedModel")
-        pairs = environment.num_states * environment.num_actions
-        dtype = jnp.result_type(*jax.tree.leaves(x))
-        return _Counts(jnp.zeros((pairs, environment.num_states), dtype), jnp.zeros(pairs, dtype))
+        return Counts.none(environment, jnp.result_type(*jax.tree.leaves(x)))
 
     def update(self, state, problem, x, policy, groups):
         del x, policy
-        new = _Counts.of(require_tabular(problem, "LearnedModel"), groups, state.visits.dtype)
+        new = Counts.of(require_tabular(problem, "LearnedModel"), groups, state.visits.dtype)
         return jax.tree.map(jnp.add, state, new)
 
     def surrogate(self, key, state, problem, x, policy, trajectories, credit):
@@ -281,32 +279,7 @@ class LearnedModel(Response):
         pi = tabulate(policy, environment.num_states).values.astype(dtype)
         weights = centred_weights(environment, pi, trajectories, credit).astype(dtype)
         reward = reward_table(problem, x, environment.num_states).astype(dtype)
-        discount = problem.discount.astype(dtype)
-        follows = discount * state.transition().reshape(*pi.shape, -1)
-        operator = DenseOperator(jnp.einsum("sa,sat->st", pi, follows))
-        solver = default_linear_solver(environment.num_states)
-        value, _ = linear_solve(solver, operator, discount, jnp.sum(pi * reward, -1), poison=True)
-        return jnp.sum(weights * (reward + follows @ value))
-
-
-class _Counts(eqx.Module):
-    """What was seen of a simulator: `moves`[S A, S], steps that led somewhere without ending, and `visits`[S A]."""
-
-    moves: jax.Array
-    visits: jax.Array
-
-    @classmethod
-    def of(cls, environment: TabularEnvironment, groups: Trajectory, dtype: Any) -> "_Counts":
-        pair = groups.observation * environment.num_actions + groups.action
-        pairs = environment.num_states * environment.num_actions
-        visits = jnp.zeros(pairs, dtype).at[pair].add(groups.valid.astype(dtype))
-        goes_on = (groups.valid & ~groups.terminated).astype(dtype)
-        moves = jnp.zeros((pairs, environment.num_states), dtype).at[pair, groups.next_observation].add(goes_on)
-        return cls(moves, visits)
-
-    def transition(self) -> jax.Array:
-        """Frequencies [S A, S]; rows sum to 1 less what ended, to 0 where nothing was seen."""
-        return self.moves / jnp.maximum(self.visits, 1)[:, None]
+        return jnp.sum(weights * state.action_values(pi, reward, problem.discount))
 
 
 def pair_weights(environment: TabularEnvironment, trajectories: Trajectory, credit: jax.Array) -> jax.Array:

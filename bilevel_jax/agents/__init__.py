@@ -2,5 +2,18 @@
 
 from bilevel_jax.agents.exact import ExactAgent
 from bilevel_jax.agents.protocol import Agent, policy_gap
+from bilevel_jax.agents.sampled_policy_iteration import SampledPolicyIteration
+from bilevel_jax.agents.schedules import ByVisits, Polynomial
+from bilevel_jax.agents.soft_q_learning import SoftQLearning
+from bilevel_jax.agents.soft_sarsa import SoftSARSA
 
-__all__ = ["Agent", "ExactAgent", "policy_gap"]
+__all__ = [
+    "Agent",
+    "ByVisits",
+    "ExactAgent",
+    "Polynomial",
+    "SampledPolicyIteration",
+    "SoftQLearning",
+    "SoftSARSA",
+    "policy_gap",
+]

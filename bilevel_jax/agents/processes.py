@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.environments import AutoReset, Environment, TabularEnvironment, TimeLimit, TimeStep
-from bilevel_jax.environments.protocol import choose, uniform
+from bilevel_jax.environments import AutoReset, Environment, TabularEnvironment, TimeLimit, TimeStep, trajectory_keys
+from bilevel_jax.environments.sampling import choose, two_numbers
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.regularizers import KLDivergence, Regularizer
@@ -42,15 +42,18 @@ class Processes(eqx.Module):
         """Observations, [B]."""
         return jax.vmap(self.environment.observe)(states)
 
-    def numbers(self, key: jax.Array, step: jax.Array) -> jax.Array:
-        """The number in [0, 1) that each process chooses its action by in a step, [B]."""
-        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, step), 0), self.count)
-        return jax.vmap(uniform)(keys)
+    def keys(self, key: jax.Array) -> jax.Array:
+        """One key a process, [B], of which all that it draws in one `improve` is made."""
+        return trajectory_keys(key, self.count)
 
-    def advance(self, key: jax.Array, step: jax.Array, states: Any, actions: jax.Array) -> tuple[Any, TimeStep]:
+    def numbers(self, keys: jax.Array, step: jax.Array) -> jax.Array:
+        """The number in [0, 1) that each process chooses its action by in a step, [B]."""
+        return two_numbers(keys, 2 * step)[0]
+
+    def advance(self, keys: jax.Array, step: jax.Array, states: Any, actions: jax.Array) -> tuple[Any, TimeStep]:
         """One step of all processes."""
-        keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, step), 1), self.count)
-        return jax.vmap(self.environment.step)(keys, states, actions)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2 * step + 1)
+        return jax.vmap(self.environment.step)(step_keys, states, actions)
 
 
 def number_of_states(environment: Environment) -> int | None:

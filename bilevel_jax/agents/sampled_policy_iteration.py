@@ -110,21 +110,22 @@ class SampledPolicyIteration(Agent):
         """Count transitions under the current policy."""
         successor = table_environment(problem.environment, "SampledPolicyIteration").successor
         processes = Processes(problem, self.processes, self.restart_every)
+        keys = processes.keys(key)
         regularizer = at_states(problem.regularizer(x), _states(state.ahead))
         behaviour = mixed(regularizer, _table(problem, x).policy(state.ahead, regularizer).values, self.epsilon)
 
         def step(carry, h):
             visits, went, states = carry
             observation = processes.observe(states)
-            action = choose_all(processes.numbers(key, h), behaviour[observation])
-            states, made = processes.advance(key, h, states, action)
+            action = choose_all(processes.numbers(keys, h), behaviour[observation])
+            states, made = processes.advance(keys, h, states, action)
             pair = observation * behaviour.shape[1] + action
             slot = jnp.argmax(successor[pair] == made.observation[:, None], -1)
             goes_on = (~made.terminated).astype(jnp.int32)
             return (visits.at[pair].add(1), went.at[pair, slot].add(goes_on), states), None
 
         start = (state.visits, state.went, state.processes)
-        (visits, went, states), _ = lax.scan(step, start, jnp.arange(self.steps))
+        (visits, went, states), _ = lax.scan(step, start, jnp.arange(self.steps, dtype=jnp.uint32))
         return PolicyIterationState(state.ahead, visits, went, states)
 
     def _evaluate(self, state, problem, x):

@@ -112,6 +112,7 @@ class TemporalDifference(Agent):
         processes = Processes(problem, self.processes, self.restart_every)
         values = values_at(problem, x, self.features, self.initial_value)
         regularizer = problem.regularizer(x)
+        keys = processes.keys(key)
         discount = jnp.asarray(problem.discount, state.learned.parameters.dtype)
         step_size = ByVisits(_Rescaled(discount)) if self.step_size is None else self.step_size
 
@@ -121,16 +122,16 @@ class TemporalDifference(Agent):
             q = values.read(learned.parameters, observation)
             local = at_states(regularizer, observation)
             action = choose_all(numbers, mixed(local, local.policy(q), self.epsilon))
-            states, made = processes.advance(key, h, states, action)
-            numbers = processes.numbers(key, h + 1)
+            states, made = processes.advance(keys, h, states, action)
+            numbers = processes.numbers(keys, h + 1)
             q_next = values.read(learned.parameters, made.observation)
             following = self.follows(at_states(regularizer, made.observation), q_next, numbers)
             target = take(values.rewards(observation), action) + jnp.where(made.terminated, 0, discount * following)
             learned = values.correct(learned, observation, action, target - take(q, action), step_size)
             return (learned, states, numbers), None
 
-        start = (state.learned.aged(self.keep), state.processes, processes.numbers(key, jnp.asarray(0)))
-        (learned, states, _), _ = lax.scan(step, start, jnp.arange(self.steps))
+        start = (state.learned.aged(self.keep), state.processes, processes.numbers(keys, jnp.uint32(0)))
+        (learned, states, _), _ = lax.scan(step, start, jnp.arange(self.steps, dtype=jnp.uint32))
         return LearnerState(learned, states)
 
     def policy(self, state, problem, x):

@@ -1,4 +1,4 @@
-"""The command line: bilevel-jax run | list | plot."""
+"""The command line: bilevel-jax run | study | list | plot."""
 
 import argparse
 import dataclasses
@@ -41,6 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.learning_rate=0.1")
     run.add_argument("--out", type=Path, help="directory of the results; default runs/NAME-TIME")
     run.set_defaults(command=_run)
+    study = commands.add_parser("study", help="run a study", description="Run a study; see configs/studies/.")
+    study.add_argument("config", help="path of a YAML config")
+    study.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=3")
+    study.add_argument("--out", type=Path, help="directory of the results; default runs/NAME-TIME")
+    study.set_defaults(command=_study)
     listing = commands.add_parser("list", help="problems, algorithms and their options")
     listing.set_defaults(command=_list)
     plot = commands.add_parser("plot", help="draw the pictures of a finished run again")
@@ -64,6 +69,16 @@ def _run(options: argparse.Namespace) -> None:
         f"(compile {summary['compile_seconds']:.1f} s), "
         f"best final objective {'none' if value is None else format(value, '.6g')}"
     )
+    for path in sorted(directory.iterdir()):
+        print(f"  {path}")
+
+
+def _study(options: argparse.Namespace) -> None:
+    from bilevel_jax.runner.studies.study import load, run
+
+    study = load(options.config, options.overrides)
+    directory = options.out or Path("runs") / f"{study.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run(study, directory, lambda line: print(line, flush=True))
     for path in sorted(directory.iterdir()):
         print(f"  {path}")
 

@@ -45,11 +45,23 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     Raises:
       InputError: unreadable or malformed file, unknown key, wrong type, impossible value.
     """
+    raw, source = read(path, overrides, _expand_names)
+    return Config(Path(path).stem, _check(raw, source))
+
+
+def read(
+    path: str | Path, overrides: typing.Sequence[str], expand: typing.Callable[[dict[str, Any]], None]
+) -> tuple[dict[str, Any], "Source"]:
+    """A YAML file with the overrides put in, and where its keys stand. `expand` writes abbreviations out.
+
+    Raises:
+      InputError: unreadable or malformed file or override.
+    """
     path = Path(path)
     try:
         text = path.read_text()
         tree = yaml.compose(text, _Loader)
-        source = _Source(str(path), tree, {})
+        source = Source(str(path), tree, {})
         _refuse_repetition(tree, "", (), source)
         raw = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -58,7 +70,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         raise InputError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected keys with values at the top, got {type(raw).__name__}; see configs/")
-    _expand_names(raw)
+    expand(raw)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -68,8 +80,8 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
         except yaml.YAMLError:
             raise InputError(f"{override}: {value!r} is not a valid YAML value") from None
         source.overridden[key] = override
-        _expand_names(raw)
-    return Config(path.stem, _check(raw, source))
+        expand(raw)
+    return raw, source
 
 
 def from_directory(directory: Path) -> Config:
@@ -78,7 +90,7 @@ def from_directory(directory: Path) -> Config:
 
 
 @dataclasses.dataclass
-class _Source:
+class Source:
     """Where the keys of a config stand, for error messages."""
 
     path: str
@@ -125,7 +137,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 
 
-def _refuse_repetition(node: yaml.Node | None, prefix: str, above: tuple[yaml.Node, ...], source: _Source) -> None:
+def _refuse_repetition(node: yaml.Node | None, prefix: str, above: tuple[yaml.Node, ...], source: Source) -> None:
     """Of two equal keys YAML would silently take the last; and a section can be made to contain itself."""
     if isinstance(node, yaml.SequenceNode):
         children = [(f"{prefix}{i}", child, child) for i, child in enumerate(node.value)]
@@ -176,7 +188,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _check(raw: dict[str, Any], source: _Source) -> dict[str, Any]:
+def _check(raw: dict[str, Any], source: Source) -> dict[str, Any]:
     values = _check_types(raw, source)
     _check_numbers(values, source)
     known = sweepable(values)
@@ -190,7 +202,7 @@ def _check(raw: dict[str, Any], source: _Source) -> dict[str, Any]:
     return values
 
 
-def _check_types(raw: dict[str, Any], source: _Source) -> dict[str, Any]:
+def _check_types(raw: dict[str, Any], source: Source) -> dict[str, Any]:
     problem: Any = raw.get("problem")
     if not isinstance(problem, dict) or not isinstance(problem.get("name"), str):
         raise source.error("problem", f"give the section a name, one of {', '.join(registry.names())}")
@@ -203,12 +215,13 @@ def _check_types(raw: dict[str, Any], source: _Source) -> dict[str, Any]:
     options = {key: value for key, value in problem.items() if key != "name"}
     rest = {key: value for key, value in raw.items() if key != "problem"}
     return {
-        "problem": {"name": problem["name"], **_validated(options_type, options, "problem", source)},
-        **_validated(RunSection, rest, "", source),
+        "problem": {"name": problem["name"], **validated(options_type, options, "problem", source)},
+        **validated(RunSection, rest, "", source),
     }
 
 
-def _validated(kind: type, data: dict[str, Any], prefix: str, source: _Source) -> dict[str, Any]:
+def validated(kind: type, data: dict[str, Any], prefix: str, source: Source) -> dict[str, Any]:
+    """The data with every default of a pydantic dataclass filled in. Raises InputError that names the key."""
     adapter = pydantic.TypeAdapter(kind)
     try:
         values = adapter.dump_python(adapter.validate_python(data), mode="json")
@@ -230,7 +243,7 @@ def _validated(kind: type, data: dict[str, Any], prefix: str, source: _Source) -
         raise source.error(key, f"{first['msg']}, got {first['input']!r}") from None
 
 
-def _refuse_truth_values(data: Any, values: Any, key: str, source: _Source) -> None:
+def _refuse_truth_values(data: Any, values: Any, key: str, source: Source) -> None:
     """Python takes true for 1; a config that says so is mistaken."""
     if isinstance(data, bool):
         if not isinstance(values, bool):
@@ -266,7 +279,7 @@ def _known_keys(kind: Any, data: Any, parts: list[str], *, top: bool) -> list[st
     return ["problem", *names] if top and not parts else names
 
 
-def _check_numbers(values: dict[str, Any], source: _Source) -> None:
+def _check_numbers(values: dict[str, Any], source: Source) -> None:
     """Values that have the right type and no meaning, such as a discount of 1: the problem says so."""
     section = dict(values["problem"])
     name = section.pop("name")
@@ -278,7 +291,7 @@ def _check_numbers(values: dict[str, Any], source: _Source) -> None:
         raise source.error(f"problem.{key}" if key else "problem", str(error)) from None
 
 
-def _check_point(raw: dict[str, Any], key: str, point: Any, source: _Source) -> None:
+def _check_point(raw: dict[str, Any], key: str, point: Any, source: Source) -> None:
     trial = copy.deepcopy(raw)
     trial["sweep"] = {}
     _set(trial, key, point)

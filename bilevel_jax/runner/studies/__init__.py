@@ -1,0 +1,1 @@
+"""Studies: experiments that compare, each with a config, tables and pictures. `bilevel-jax study CONFIG`."""

@@ -1,0 +1,218 @@
+"""Samples to quality: what each sampled method reaches with how many steps of the simulator."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel_jax as bj
+from bilevel_jax.algorithms.sampled import SampledAlgorithm
+from bilevel_jax.errors import InputError
+from bilevel_jax.runner.studies.records import draw, read_rows, write_rows
+
+METHODS = ("sobirl", "sobirl_rollouts", "stoc_sobirl", "hpgd", "bc_hg", "zero_order", "naive")
+LABELS = {
+    "sobirl": "SoBiRL, learned model",
+    "sobirl_rollouts": "SoBiRL, rollouts",
+    "stoc_sobirl": "Stoc-SoBiRL",
+    "hpgd": "HPGD",
+    "bc_hg": "BC-HG",
+    "zero_order": "zero-order",
+    "naive": "naive",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesOptions:
+    """Exact objective against steps of the simulator, for all sampled methods on one problem.
+
+    Each method runs with every learning rate of the grid and every seed; at each budget it is judged by
+    its best learning rate there. All but stoc_sobirl, whose lower level is sampled and counted, answer
+    with the exact optimal policy, as the published experiments do.
+
+    problem: name and options.
+    methods: which.
+    learning_rates: of Adam, the grid that each method is tuned over.
+    seeds: runs for each learning rate.
+    budget: steps of the simulator of a run.
+    points: budgets, evenly spaced in their logarithm, at which the objective is evaluated.
+    first: the smallest budget.
+    batch: losses an iteration (stoc_sobirl has its own).
+    """
+
+    problem: dict[str, Any] = dataclasses.field(default_factory=lambda: {"name": "garnet"})
+    methods: tuple[str, ...] = METHODS
+    learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
+    seeds: int = 10
+    budget: int = 1_000_000
+    points: int = 12
+    first: int = 20_000
+    batch: int = 10
+
+
+def run(options: SamplesOptions, directory: Path, report: Callable[[str], None]) -> None:
+    """Write samples.csv (a row a run and budget) and samples_table.csv (a row a method and budget)."""
+    unknown = [name for name in options.methods if name not in METHODS]
+    if unknown:
+        raise InputError(f"methods: no method {unknown[0]!r}; valid: {', '.join(METHODS)}")
+    problem = bj.problems.make(options.problem["name"], **{k: v for k, v in options.problem.items() if k != "name"})
+    budgets = np.geomspace(options.first, options.budget, options.points).astype(int)
+    rows = []
+    for name in options.methods:
+        for rate, seed, budget, steps, value in _run_method(name, problem, options, budgets):
+            rows.append(
+                {
+                    "method": name,
+                    "learning_rate": rate,
+                    "seed": seed,
+                    "budget": budget,
+                    "steps": steps,
+                    "objective": value,
+                }
+            )
+        best = [row for row in _table(rows) if row["method"] == name][-1]
+        report(f"{name}: {best['mean']:.4f} +- {best['standard_error']:.4f} (Adam {best['learning_rate']:g})")
+    write_rows(directory / "samples.csv", rows)
+    write_rows(directory / "samples_table.csv", _table(rows))
+
+
+def _algorithm(name: str, problem: Any, options: SamplesOptions, optimizer: Any) -> SampledAlgorithm:
+    common = {"agent": bj.agents.ExactAgent(), "batch": options.batch}
+    tabular_baseline = bj.estimators.LeaveOneOut() if problem.trajectories > 1 else bj.estimators.LearnedAdvantage()
+    if name == "stoc_sobirl":
+        iterations = _stoc_iterations(problem, options.budget)
+        return bj.algorithms.stoc_sobirl(
+            problem,
+            iterations,
+            optimizer=optimizer,
+            response=bj.estimators.LearnedModel(),
+            baseline=tabular_baseline,
+        )
+    if name == "sobirl":
+        response = bj.estimators.LearnedModel()
+        pairings = min(10, options.batch) if problem.trajectories > 1 else 1
+        return bj.algorithms.sobirl(
+            problem, optimizer, response=response, baseline=tabular_baseline, pairings=pairings, **common
+        )
+    if name == "sobirl_rollouts":
+        length = max(1, math.ceil(math.log(100) / -math.log(max(float(problem.discount), 1e-6))))
+        response = bj.estimators.NestedRollouts(min(length, problem.horizon), visits=1)
+        return bj.algorithms.sobirl(problem, optimizer, response=response, baseline=tabular_baseline, **common)
+    return getattr(bj.algorithms, name)(problem, optimizer, **common)
+
+
+def _stoc_iterations(problem: Any, budget: int) -> int:
+    """The most iterations whose sizes by the schedule fit the budget."""
+    low, high = 1, budget
+    while low < high:
+        middle = (low + high + 1) // 2
+        made = bj.algorithms.stoc_sobirl(problem, middle, response=bj.estimators.LearnedModel())
+        low, high = (middle, high) if middle * made.environment_steps <= budget else (low, middle - 1)
+    return low
+
+
+def _run_method(
+    name: str, problem: Any, options: SamplesOptions, budgets: np.ndarray
+) -> Iterator[tuple[float, int, int, int, float]]:
+    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    algorithm = _algorithm(name, problem, options, optimizer)
+    rates, seeds = np.asarray(options.learning_rates), np.arange(options.seeds)
+    grid = [(float(rate), int(seed)) for rate in rates for seed in seeds]
+    keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in grid], jnp.uint32))
+
+    @jax.jit
+    def start(algorithm, keys, rates):
+        def one(key, rate):
+            # The start depends on the seed alone, so that all methods have the same.
+            state = algorithm.init(jax.random.fold_in(key, 0), algorithm.problem.start(key))
+            hyperparams = {
+                k: jnp.asarray(rate if k == "learning_rate" else v, v.dtype)
+                for k, v in state.optimizer_state.hyperparams.items()
+            }
+            return eqx.tree_at(
+                lambda s: s.optimizer_state, state, state.optimizer_state._replace(hyperparams=hyperparams)
+            )
+
+        return jax.vmap(one)(keys, rates)
+
+    @jax.jit
+    def advance(algorithm, states, keys, first, count):
+        def one(state, key):
+            def step(i, state):
+                return algorithm.step(jax.random.fold_in(key, 1 + first + i), state)[0]
+
+            return jax.lax.fori_loop(0, count, step, state)
+
+        return jax.vmap(one)(states, keys)
+
+    @jax.jit
+    def evaluate(problem, states):
+        return jax.lax.map(lambda x: exact_objective(problem, x), states.x)
+
+    states = start(algorithm, keys, jnp.asarray([rate for rate, _ in grid]))
+    done = 0
+    for budget in budgets:
+        target = int(budget) // algorithm.environment_steps
+        states = advance(algorithm, states, keys, jnp.asarray(done), jnp.asarray(max(0, target - done)))
+        done = max(done, target)
+        values = np.asarray(evaluate(problem, states))
+        for (rate, seed), value in zip(grid, values, strict=True):
+            yield rate, seed, int(budget), done * algorithm.environment_steps, float(value)
+
+
+def exact_objective(problem: Any, x: Any) -> jax.Array:
+    """phi(x) on the model."""
+    return problem.objective(x, bj.solve(problem.mdp(x), problem.regularizer(x)))
+
+
+def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard error over the seeds at each method's best learning rate for each budget."""
+    groups: dict[tuple[str, int], dict[float, list[float]]] = {}
+    for row in rows:
+        rates = groups.setdefault((row["method"], int(row["budget"])), {})
+        rates.setdefault(float(row["learning_rate"]), []).append(float(row["objective"]))
+    table = []
+    for (method, budget), rates in groups.items():
+        # A run that diverged is worse than any other, not missing.
+        means = {rate: float(np.mean(values)) for rate, values in rates.items() if np.all(np.isfinite(values))}
+        if not means:
+            continue
+        best = min(means, key=lambda rate: means[rate])
+        values = np.asarray(rates[best])
+        table.append(
+            {
+                "method": method,
+                "budget": budget,
+                "learning_rate": best,
+                "mean": means[best],
+                "standard_error": float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else math.nan,
+                "seeds": values.size,
+            }
+        )
+    return table
+
+
+def plot(directory: Path) -> None:
+    """samples.png: a curve a method, with a band of one standard error."""
+    rows = read_rows(directory / "samples_table.csv")
+
+    def curves(axes: Any) -> None:
+        for method in dict.fromkeys(row["method"] for row in rows):
+            own = [row for row in rows if row["method"] == method]
+            steps = np.array([float(row["budget"]) for row in own])
+            mean, error = (np.array([float(row[k]) for row in own]) for k in ("mean", "standard_error"))
+            (line,) = axes.plot(steps, mean, label=LABELS[method], linewidth=1.6)
+            axes.fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.18, linewidth=0)
+        axes.set_xscale("log")
+        axes.set_xlabel("steps of the simulator")
+        axes.set_ylabel("exact objective (lower is better)")
+        axes.legend(frameon=False, fontsize=8)
+
+    draw(directory / "samples.png", curves)

@@ -113,8 +113,9 @@ class Setting(NamedTuple):
     gradient: np.ndarray
 
 
-def setting(kind=Garnet, seed=SEED, x=None, **options) -> Setting:
-    return solved(garnet(kind, seed=seed, **options), x, seed)
+@functools.cache
+def setting(kind=Garnet, seed=SEED, **options) -> Setting:
+    return solved(garnet(kind, seed=seed, **options), None, seed)
 
 
 def solved(problem, x=None, seed=0) -> Setting:

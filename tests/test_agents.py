@@ -101,7 +101,7 @@ def gap_after(agent, lower, times, key=KEY, x=None, state=None):
     x = lower.x if x is None else x
     state = start(agent, key, lower.problem, x) if state is None else state
     state = improve_often(agent, key, state, lower.problem, x, times)
-    return float(policy_gap(table(agent, state, lower.problem, x), lower.optimal(x)))
+    return float(policy_gap(agent.policy(state, lower.problem, x), lower.optimal(x)))
 
 
 def together(*trees):

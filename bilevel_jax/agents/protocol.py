@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.estimators.problem import SampledProblem
-from bilevel_jax.functions import ActionFunction, Table
+from bilevel_jax.functions import ActionFunction, tabulate
 
 
 class Agent(eqx.Module):
@@ -31,12 +31,13 @@ class Agent(eqx.Module):
         """Steps of the simulator that one `improve` takes."""
 
 
-def policy_gap(policy: Table, optimal: jax.Array) -> jax.Array:
+def policy_gap(policy: ActionFunction, optimal: jax.Array) -> jax.Array:
     """|pi - pi*|^2, summed over the actions and averaged over the states, [].
 
     Args:
-      policy: a `Table` [S, A].
+      policy: a `Table` [S, A], or another function of the index of the state.
       optimal: pi* [..., S, A], e.g. `solution.policy`; contexts first, as a `TabularEnvironment` flattens them.
     """
-    target = optimal.reshape(policy.values.shape).astype(policy.values.dtype)
-    return jnp.mean(jnp.sum((policy.values - target) ** 2, -1))
+    target = optimal.reshape(-1, optimal.shape[-1])
+    values = tabulate(policy, target.shape[0]).values
+    return jnp.mean(jnp.sum((values - target.astype(values.dtype)) ** 2, -1))

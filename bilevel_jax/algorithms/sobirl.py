@@ -27,6 +27,9 @@ from bilevel_jax.validation import as_float, require_positive
 class Reuse(eqx.Module):
     """Use the last `batches` batches again, with importance weights of at most `clip`.
 
+    Unbiased but for the clipping, unless the response or the baseline learns: what they learned from a
+    batch then meets it again.
+
     Raises:
       InputError: batches below 1 (static), clip not above 0.
     """

@@ -163,7 +163,8 @@ class SharedRollouts(Response):
     """`copies` rollouts from every pair of a table, shared by all its visits.
 
     As independent of the trajectories as `NestedRollouts`, hence as unbiased, at a cost that does not
-    depend on how many steps the trajectories have: S A copies length steps.
+    depend on how many steps the trajectories have: S A copies length steps. All trajectories share the
+    rollouts' noise: beyond some batch only more `copies` lower the variance.
 
     Args:
       length: steps of each rollout (static).
@@ -303,7 +304,10 @@ def _returns(problem: SampledProblem, x: Any, sampled: Trajectory) -> jax.Array:
     taken = jax.vmap(jax.vmap(lambda observation, action: reward(observation)[action]))(
         sampled.observation, sampled.action
     )
-    return jnp.sum(jnp.where(sampled.valid, taken * discounts(problem, taken.shape[1]), 0), 1)
+    # A simulator that resets itself goes on after the end: not with what this process earned.
+    ended = jnp.cumsum((sampled.terminated | sampled.truncated).astype(jnp.int32), 1)
+    before = jnp.pad(ended, ((0, 0), (1, 0)))[:, :-1] > 0
+    return jnp.sum(jnp.where(sampled.valid & ~before, taken * discounts(problem, taken.shape[1]), 0), 1)
 
 
 def _draw_visits(key: jax.Array, credit: jax.Array, visits: int) -> tuple[jax.Array, jax.Array]:

@@ -87,6 +87,7 @@ def _list(options: argparse.Namespace) -> None:
     del options
     from bilevel_jax.problems import names, spec
     from bilevel_jax.runner.schema import SECTIONS, RunSection
+    from bilevel_jax.runner.studies.study import STUDIES, options_of
 
     print("keys at the top")
     _describe("config", (RunSection.__doc__ or "").strip().splitlines()[0], RunSection)
@@ -97,6 +98,10 @@ def _list(options: argparse.Namespace) -> None:
         print(f"\nsection `{place}`")
         for kind in choices:
             _describe(kind().name, (kind.__doc__ or "").strip().splitlines()[0], kind)
+    print("\nstudies (key `study`)")
+    for name in STUDIES:
+        kind = options_of(name)
+        _describe(name, (kind.__doc__ or "").strip().splitlines()[0], kind)
 
 
 def _describe(name: str, summary: str, kind: type) -> None:

@@ -121,7 +121,7 @@ def _stoc_iterations(problem: Any, budget: int) -> int:
 def _run_method(
     name: str, problem: Any, options: SamplesOptions, budgets: np.ndarray
 ) -> Iterator[tuple[float, int, int, int, float]]:
-    optimizer = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+    optimizer = optax.inject_hyperparams(_adam)(learning_rate=0.1)
     algorithm = _algorithm(name, problem, options, optimizer)
     rates, seeds = np.asarray(options.learning_rates), np.arange(options.seeds)
     grid = [(float(rate), int(seed)) for rate in rates for seed in seeds]
@@ -132,10 +132,7 @@ def _run_method(
         def one(key, rate):
             # The start depends on the seed alone, so that all methods have the same.
             state = algorithm.init(jax.random.fold_in(key, 0), algorithm.problem.start(key))
-            hyperparams = {
-                k: jnp.asarray(rate if k == "learning_rate" else v, v.dtype)
-                for k, v in state.optimizer_state.hyperparams.items()
-            }
+            hyperparams = {"learning_rate": rate}
             return eqx.tree_at(
                 lambda s: s.optimizer_state, state, state.optimizer_state._replace(hyperparams=hyperparams)
             )
@@ -165,6 +162,11 @@ def _run_method(
         values = np.asarray(evaluate(problem, states))
         for (rate, seed), value in zip(grid, values, strict=True):
             yield rate, seed, int(budget), done * algorithm.environment_steps, float(value)
+
+
+def _adam(learning_rate: Any) -> optax.GradientTransformation:
+    """Adam whose learning rate alone is a leaf."""
+    return optax.adam(learning_rate)
 
 
 def exact_objective(problem: Any, x: Any) -> jax.Array:

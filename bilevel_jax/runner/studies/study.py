@@ -49,14 +49,22 @@ def load(path: str | Path, overrides: list[str]) -> Study:
     if kind not in STUDIES:
         hint = registry.nearest(str(kind), STUDIES)
         raise source.error("study", f"no study {kind!r}{hint}; valid: {', '.join(STUDIES)}")
-    module = importlib.import_module(f"bilevel_jax.runner.studies.{kind}")
-    options = getattr(module, STUDIES[kind])
+    options = options_of(kind)
     # Checked by pydantic, passed on as the study's own dataclass.
     values = validated(pydantic_dataclass(options, config=STRICT_KEYS, frozen=True), raw, "", source)
     if "problem" in values:
         _check_problem(values["problem"], source)
     as_tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return Study(Path(path).stem, kind, module, options(**as_tuples))
+    return Study(Path(path).stem, kind, _module(kind), options(**as_tuples))
+
+
+def options_of(kind: str) -> type:
+    """The dataclass of a study's options."""
+    return getattr(_module(kind), STUDIES[kind])
+
+
+def _module(kind: str) -> Any:
+    return importlib.import_module(f"bilevel_jax.runner.studies.{kind}")
 
 
 def _check_problem(section: dict[str, Any], source: Any) -> None:

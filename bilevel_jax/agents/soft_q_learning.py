@@ -1,5 +1,7 @@
 """Q-learning for a regularized process."""
 
+from typing import Any
+
 from bilevel_jax.agents.temporal_difference import TemporalDifference
 
 
@@ -10,6 +12,9 @@ class SoftQLearning(TemporalDifference):
     with the soft maximum of Haarnoja, Tang, Abbeel and Levine 2017.) Arguments and errors are those of
     `TemporalDifference`.
     """
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
 
     def follows(self, regularizer, q, numbers):
         del numbers

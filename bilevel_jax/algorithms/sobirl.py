@@ -18,6 +18,7 @@ from bilevel_jax.estimators import (
     SampledProblem,
     estimate_from,
     importance_weights,
+    paid,
     regroup,
     sample_groups,
 )
@@ -63,6 +64,16 @@ class SoBiRL(SampledAlgorithm):
         for_groups, for_rest = jax.random.split(key)
         sampled = sample_groups(for_groups, self.problem, policy, self.batch)
         fresh = regroup(sampled, self.pairings)
+
+        def learn(first, learned, baseline_state):
+            if self.response.learns_first == first:
+                learned = self.response.update(learned, self.problem, state.x, policy, sampled)
+            if self.baseline.learns_first == first:
+                costs = paid(for_rest, self.problem, state.x, fresh)
+                baseline_state = self.baseline.update(baseline_state, self.problem, fresh, costs)
+            return learned, baseline_state
+
+        learned, baseline_state = learn(True, learned, baseline_state)
         groups, weights, size, earlier = self._with_earlier(fresh, earlier, policy)
         made = estimate_from(
             for_rest,
@@ -76,9 +87,7 @@ class SoBiRL(SampledAlgorithm):
             baseline_state,
             weights,
         )
-        learned = self.response.update(learned, self.problem, state.x, policy, sampled)
-        paid = made.costs._replace(each=made.costs.each[: self._groups])
-        baseline_state = self.baseline.update(baseline_state, self.problem, fresh, paid)
+        learned, baseline_state = learn(False, learned, baseline_state)
         return SampledEstimate(made.value, made.gradient, (learned, baseline_state, earlier), size)
 
     @property

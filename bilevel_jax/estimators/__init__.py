@@ -8,7 +8,7 @@ from bilevel_jax.estimators.baselines import (
     StateBaseline,
 )
 from bilevel_jax.estimators.costs import Costs
-from bilevel_jax.estimators.estimate import Estimate, estimate, estimate_from, regroup, sample_groups
+from bilevel_jax.estimators.estimate import Estimate, estimate, estimate_from, paid, regroup, sample_groups
 from bilevel_jax.estimators.importance import Weights, importance_weights
 from bilevel_jax.estimators.problem import SampledBilevelProblem, SampledProblem
 from bilevel_jax.estimators.responses import (
@@ -42,6 +42,7 @@ __all__ = [
     "estimate",
     "estimate_from",
     "importance_weights",
+    "paid",
     "regroup",
     "sample_groups",
 ]

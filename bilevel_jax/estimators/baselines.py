@@ -18,6 +18,11 @@ from bilevel_jax.functions import ActionFunction, tabulate
 class Baseline(eqx.Module):
     """The protocol. `values` may depend on a step's own past and on other groups, never on its own future."""
 
+    @property
+    def learns_first(self) -> bool:
+        """Whether it wants to learn from a batch before it is used on it; see `LearnedAdvantage`."""
+        return False
+
     def init(self, problem: SampledProblem) -> Any:
         """The state before anything was learned; None for baselines that learn nothing."""
         del problem
@@ -107,9 +112,19 @@ class LearnedAdvantage(StateBaseline):
     variance than what single trajectories paid; consistent, if a cost depends on the past through the
     state and action only. Where a pair was never seen before, the paid returns stand in.
 
+    Args:
+      step_size: in (0, 1].
+      current: learn from a batch before it is used (static), as in `LearnedModel`.
+
     Raises:
       InputError: the environment is not tabular, or the loss looks at more than one trajectory.
     """
+
+    current: bool = eqx.field(default=True, static=True)
+
+    @property
+    def learns_first(self):
+        return self.current
 
     def init(self, problem):
         zeros, _ = super().init(problem)

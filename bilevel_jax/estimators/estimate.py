@@ -105,16 +105,14 @@ def estimate_from(
 ) -> Estimate:
     """`estimate` from groups [N, I, H] that were drawn already; with importance weights [N] under any policy."""
     baseline = LeaveOneOut() if baseline is None else baseline
-    for_loss, for_response = jax.random.split(key)
+    _, for_response = jax.random.split(key)
     count, horizon = groups.action.shape[0], groups.action.shape[-1]
-    loss_keys = jax.vmap(jax.random.fold_in, (None, 0))(for_loss, jnp.arange(count))
     weights = jnp.ones(count) if weights is None else weights
     temperature = temperature_of(problem, x)
 
     def surrogate(x):
-        losses = jax.vmap(problem.loss, (0, None, 0))(loss_keys, x, groups)
-        costs = step_costs(problem, losses)
-        weighted = weights.astype(losses.dtype)[:, None] * costs.factors
+        costs = paid(key, problem, x, groups)
+        weighted = weights.astype(costs.each.dtype)[:, None] * costs.factors
         value = jnp.sum(weighted * costs.each) / count
         constant = stop_gradient(costs)
         credit = baseline.credit(baseline_state, problem, policy, groups, constant)
@@ -127,3 +125,10 @@ def estimate_from(
 
     gradient, (value, costs) = jax.grad(surrogate, has_aux=True)(x)
     return Estimate(value, gradient, groups, costs)
+
+
+def paid(key: jax.Array, problem: SampledProblem, x: Any, groups: Trajectory) -> Costs:
+    """What each of N groups pays, [N, H]; the same as in `estimate_from` with this key."""
+    for_loss, _ = jax.random.split(key)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(for_loss, jnp.arange(groups.action.shape[0]))
+    return step_costs(problem, jax.vmap(problem.loss, (0, None, 0))(keys, x, groups))

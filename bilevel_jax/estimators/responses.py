@@ -32,15 +32,20 @@ from bilevel_jax.mdp import over_batch
 class Response(eqx.Module):
     """The protocol. Only a response that learns has a state."""
 
+    @property
+    def learns_first(self) -> bool:
+        """Whether it wants to learn from a batch before it is used on it; see `LearnedModel`."""
+        return False
+
     def init(self, problem: SampledProblem, x: Any) -> Any:
         """The state before anything was learned; None for estimators that learn nothing."""
         del problem, x
 
     def update(self, state: Any, problem: SampledProblem, x: Any, policy: ActionFunction, groups: Trajectory) -> Any:
-        """Learn from groups [N, I, H] drawn under `policy` at x, for later estimates.
+        """Learn from groups [N, I, H] drawn under `policy` at x.
 
-        What is learned from a batch must not be used on it: the product of two estimates is unbiased only
-        if they are independent.
+        An estimator that is to be unbiased uses it for later batches only: the product of two estimates is
+        unbiased if they are independent.
         """
         del problem, x, policy, groups
         return state
@@ -260,9 +265,19 @@ class LearnedModel(Response):
     Certainty equivalence: `Exact` with the empirical transition in the model's place. A pair that was
     never visited counts as the end of the process. Consistent, with a bias that falls as 1 / visits.
 
+    Args:
+      current: count a batch before it is used (static). It then shares noise with what it is multiplied
+        by, a bias of the same order that helps while little is known (docs/sampling.md).
+
     Raises:
       InputError: the environment is not tabular.
     """
+
+    current: bool = eqx.field(default=True, static=True)
+
+    @property
+    def learns_first(self):
+        return self.current
 
     def init(self, problem, x):
         environment = require_tabular(problem, "LearnedModel")

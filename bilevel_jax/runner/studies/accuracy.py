@@ -60,7 +60,10 @@ def run(options: AccuracyOptions, directory: Path, report: Callable[[str], None]
         problem = bj.problems.make(name, **settings)
         x = _point(problem)
         for estimator, (response, baseline) in estimators(float(problem.discount), name == "four_rooms").items():
-            rows.append({"problem": label, "estimator": estimator, **_test(problem, x, response, baseline, options)})
+            seed = 1 + len(rows)  # each test has samples of its own
+            rows.append(
+                {"problem": label, "estimator": estimator, **_test(problem, x, response, baseline, options, seed)}
+            )
         report(label)
     write_rows(directory / "accuracy.csv", rows)
     tests = sum(int(row["tests"]) for row in rows)
@@ -106,7 +109,9 @@ def gradients(problem: Any, x: Any, policy: Any, response: Any, baseline: Any, b
     """`count` independent estimates, each from `batch` groups, as rows [count, |x|]."""
     learned = baseline.init(problem)
     if isinstance(baseline, StateBaseline):  # learned from samples of its own, once
-        made = estimate(jax.random.key(seed + 1), problem, x, policy, batch=1000, response=Exact())
+        made = estimate(
+            jax.random.fold_in(jax.random.key(seed), count), problem, x, policy, batch=1000, response=Exact()
+        )
         learned = baseline.update(learned, problem, made.groups, made.costs)
 
     keys = jax.random.split(jax.random.key(seed), count)
@@ -124,11 +129,11 @@ def _each(problem, x, policy, response, baseline, learned, keys, batch):
     return jax.lax.map(one, keys)
 
 
-def _test(problem: Any, x: Any, response: Any, baseline: Any, options: AccuracyOptions) -> dict[str, Any]:
+def _test(problem: Any, x: Any, response: Any, baseline: Any, options: AccuracyOptions, seed: int) -> dict[str, Any]:
     exact, policy = _optimal(problem, x)
     truth = np.asarray(ravel_pytree(exact.gradient)[0])
     count = options.trajectories // options.batch
-    sampled = gradients(problem, x, policy, response, baseline, options.batch, count, 2)
+    sampled = gradients(problem, x, policy, response, baseline, options.batch, count, seed)
     directions = np.random.default_rng(0).normal(size=(truth.size, options.directions))
     along = sampled @ directions
     error = along.std(0, ddof=1) / np.sqrt(count)

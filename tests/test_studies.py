@@ -164,3 +164,14 @@ def test_truncation(tmp_path):
     assert float(exact["bias"]) < 1e-6
     assert float(biased["bias"]) > 5 * float(biased["standard_error"])
     assert_picture(out / "truncation.png")
+
+
+def test_agents(tmp_path):
+    out, _ = study(tmp_path, "study: agents\nproblem: {name: garnet, states: 4}\nimproves: [1, 32]\nseeds: 1\n")
+    rows = read_rows(out / "agents.csv")
+    assert len(rows) == 4 * 2 * 2
+    for name in {row["agent"] for row in rows}:
+        gap = {(row["start"], row["steps"]): float(row["gap"]) for row in rows if row["agent"] == name}
+        assert gap["cold", "32768"] < gap["cold", "1024"] / 4
+        assert gap["warm", "1024"] < gap["cold", "1024"]
+    assert_picture(out / "agents.png")

@@ -21,6 +21,7 @@ from bilevel_jax.runner.schema import STRICT_KEYS
 
 STUDIES = {
     "accuracy": "AccuracyOptions",
+    "agents": "AgentsOptions",
     "rates": "RatesOptions",
     "samples": "SamplesOptions",
     "truncation": "TruncationOptions",

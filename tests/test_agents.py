@@ -126,6 +126,7 @@ def test_converges_to_the_optimal_policy(name):
     assert early.mean() > 3 * late.mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "tsallis"])
 @pytest.mark.parametrize("name", ["q", "expected_sarsa", "policy_iteration"])
 def test_other_regularizers(name, kind):
@@ -133,10 +134,12 @@ def test_other_regularizers(name, kind):
     assert gap_after(AGENTS[name](processes=32, steps=16, epsilon=0.02), lower, 150) < 2e-3
 
 
+@pytest.mark.slow
 def test_sarsa_under_kl():
     assert gap_after(SoftSARSA(processes=32, steps=16), Lower(1, "kl"), 200) < 2e-3
 
 
+@pytest.mark.slow
 def test_an_action_that_the_reference_forbids_is_never_taken():
     lower = Lower(0, "kl")
     reference = lower.regularizer.reference.at[:, 1].set(0)
@@ -150,6 +153,7 @@ def test_an_action_that_the_reference_forbids_is_never_taken():
         assert (agent.policy(state, problem, lower.x).values[:, 1] == 0).all()
 
 
+@pytest.mark.slow
 def test_sarsa_without_exploration_is_q_learning():
     # Q - temperature log pi is Omega*(Q) for every action.
     lower, states = Lower(), []
@@ -160,6 +164,7 @@ def test_sarsa_without_exploration_is_q_learning():
         np.testing.assert_allclose(state.learned.parameters, states[0].learned.parameters, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expected", [False, True])
 def test_sarsa_learns_the_values_of_the_exploring_policy(expected):
     epsilon, lower = 0.5, Lower()
@@ -192,6 +197,7 @@ def test_one_step_by_hand():
     np.testing.assert_allclose(lower.x + after.learned.parameters, q, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_one_hot_features_are_a_table():
     # At reward 0 both start from Q = 0, and take the same steps, batches that meet at a pair included.
     lower = Lower()
@@ -206,6 +212,7 @@ def test_one_hot_features_are_a_table():
         np.testing.assert_allclose(state.learned.parameters, states[0].learned.parameters, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_features_that_can_represent_q_find_it():
     # Four features, the values of which lie in their span: every row of Q is a mixture of four.
     rng = np.random.default_rng(0)
@@ -227,6 +234,7 @@ def chain(mdp):
     return mdp.replace(discount=discount)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q", "linear_sarsa", "policy_iteration"])
 def test_nothing_follows_an_end(name):
     lower = Lower(0)
@@ -235,6 +243,7 @@ def test_nothing_follows_an_end(name):
     assert gap_after(AGENTS[name](processes=32, steps=64, epsilon=0.02), lower, 100) < 1e-3
 
 
+@pytest.mark.slow
 def test_four_rooms():
     # 208 states, discount 0.99, ends at the goals: pi* is far from uniform, and much nearer after learning.
     problem = bj.problems.make("four_rooms")
@@ -264,6 +273,7 @@ def test_a_warm_start_is_nearer(name):
     assert np.mean(warm) < np.mean(cold) / 3
 
 
+@pytest.mark.slow
 def test_processes_go_on_and_are_restarted():
     lower = Lower()
     agent = SoftQLearning(processes=8, steps=5, restart_every=12)
@@ -279,6 +289,7 @@ def test_processes_go_on_and_are_restarted():
     assert SampledPolicyIteration(improvements=3, **SMALL).environment_steps(lower.problem) == 120
 
 
+@pytest.mark.slow
 def test_keep_ages_the_counts():
     lower = Lower()
     agent = SoftQLearning(keep=0.5, **SMALL)
@@ -288,6 +299,7 @@ def test_keep_ages_the_counts():
     assert after.learned.steps == 2 + 5
 
 
+@pytest.mark.slow
 def test_many_processes_at_a_pair_are_stable():
     # One state, one action: all 256 processes correct the same number.
     mdp = bj.MDP(np.ones((1, 1, 1)), np.ones((1, 1)), 0.5)
@@ -299,6 +311,7 @@ def test_many_processes_at_a_pair_are_stable():
         np.testing.assert_allclose(q, 2, rtol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step_size",
     [
@@ -350,6 +363,7 @@ def bins(observation):
     return jax.nn.one_hot(jnp.round(4 * observation[0]).astype(jnp.int32) + 4, 9)
 
 
+@pytest.mark.slow
 def test_other_simulators_with_features():
     # Reward for being on the right: the policy goes there.
     regularizer = bj.ShannonEntropy(0.1)
@@ -363,6 +377,7 @@ def test_other_simulators_with_features():
         assert agent.policy(left, problem, -x)(jnp.array([0.3, 1.0]))[0] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q", "policy_iteration"])
 def test_wrapped_tables_are_tables(name):
     lower = Lower(environment=lambda mdp: AutoReset(TimeLimit(TabularEnvironment(mdp), 7)))
@@ -392,6 +407,7 @@ class TestEveryAgent:
         third = improve(agent, jax.random.key(2), runs[0], lower.problem, lower.x)
         assert not np.array_equal(jax.tree.leaves(other)[0], jax.tree.leaves(third)[0])
 
+    @pytest.mark.slow
     def test_new_numbers_do_not_recompile(self, name):
         lower = Lower()
         sizes = []
@@ -420,6 +436,7 @@ class TestEveryAgent:
             AGENTS[name](restart_every=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q", "linear_sarsa", "policy_iteration"])
 def test_vmap_over_keys_and_numbers_is_singles(name):
     lower, keys = Lower(), jax.random.split(KEY, 3)
@@ -436,6 +453,7 @@ def test_vmap_over_keys_and_numbers_is_singles(name):
         jax.tree.map(lambda m, o, k=k: np.testing.assert_allclose(m[k], o, rtol=1e-10, atol=1e-12), many, one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q", "linear_sarsa", "policy_iteration"])
 def test_float32(name):
     agent, lower = AGENTS[name](**SMALL), Lower(dtype=np.float32)

@@ -63,6 +63,7 @@ def test_other_platforms_get_the_batched_form(platform):
     assert loops[platform] < loops["cpu"]
 
 
+@pytest.mark.slow
 def test_the_batched_form_gives_the_same_numbers(monkeypatch):
     problem, xs = four_rooms_batch(2)
     expected = jax.jit(vmapped_hypergradient)(problem, xs, bj.Direct())

@@ -324,6 +324,7 @@ def test_policy_value_that_fails_is_nan():
     assert np.isnan(bj.policy_value(mdp, jnp.asarray(PROCESS.reference), bj.GMRES(restart=1, max_cycles=1))).all()
 
 
+@pytest.mark.slow
 def test_gmres_reaches_its_tolerance():
     # Its inner error estimate is not the residual: a cycle that trusts it can stop just short of the tolerance.
     rooms = bj.problems.make("four_rooms")

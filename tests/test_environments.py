@@ -225,6 +225,7 @@ def contexts(share_transition=False):
     return bj.MDP(dense, reward, 0.9, initial), dense if dense.ndim == 4 else np.stack([dense] * 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [False, True])
 def test_contexts_are_drawn_uniformly_and_never_change(share):
     mdp, dense = contexts(share)
@@ -258,6 +259,7 @@ def test_two_batch_axes_are_contexts_too():
     assert_law(np.bincount(t.state[:, 0]), np.full(4, 1 / 4))
 
 
+@pytest.mark.slow
 def test_returns_are_those_of_the_policy():
     """Discounted returns from rho against (I - gamma P_pi)^-1, where nothing ends: one z-test."""
     environment = tabular(discount=0.7)
@@ -330,6 +332,7 @@ def test_numbers_are_the_words_of_folded_keys():
             np.testing.assert_array_equal(np.asarray(made) * 2**24, word)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
 def test_numbers_of_other_kinds_of_keys(kind):
     keys = trajectory_keys(jax.random.key(0, impl=kind), 4000)
@@ -367,6 +370,7 @@ def test_bits_do_not_depend_on_the_cut(case):
     assert_same(jax.tree.map(lambda leaf: leaf[:, :5], parts[1]), eager)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tabular, lambda: Generic(tabular())])
 def test_old_style_keys_are_keys(make):
     run = functools.partial(rollout, environment=make(), policy=bj.Table(POLICY), batch=3, horizon=4)
@@ -408,6 +412,7 @@ def test_a_run_can_be_taken_up_where_it_ended():
     np.testing.assert_array_equal(final[going_on], t.next_observation[going_on, -1])
 
 
+@pytest.mark.slow
 def test_fast_and_generic_runs_agree_in_law():
     """Counts of (state at step 5, action at step 5, whether the process lives) in two samples: chi-square."""
     tables = []
@@ -420,6 +425,7 @@ def test_fast_and_generic_runs_agree_in_law():
     assert stats.chi2_contingency(both).pvalue > FALSE_ALARM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tabular, lambda: Generic(tabular()), lambda: AutoReset(TimeLimit(tabular(), 3))])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_types(make, dtype):
@@ -469,6 +475,7 @@ def test_an_environment_is_an_argument_of_jit():
     assert traces == 1
 
 
+@pytest.mark.slow
 def test_probabilities_are_differentiable_and_rewards_too():
     def objective(policy, reward):
         environment = TabularEnvironment(helpers.make_mdp(PROCESS).replace(reward=reward))
@@ -532,6 +539,7 @@ def test_time_limit(steps):
     np.testing.assert_array_equal(np.asarray(t.state[1])[valid], np.nonzero(valid)[1])
 
 
+@pytest.mark.slow
 def test_time_limits_may_be_traced_and_mapped():
     def lengths(steps):
         t = rollout(KEY, TimeLimit(Walk(100), steps), walk_policy, batch=3, horizon=9)
@@ -785,6 +793,7 @@ def test_adapted_environments(kind):
         assert both.truncated[-1] == (kind is Line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Line, LineOfSix])
 def test_adapted_environments_run(kind):
     environment = GymnaxEnvironment(kind())
@@ -882,6 +891,7 @@ def test_steps_of_other_numbers_of_values_are_refused():
         environment.step(KEY, environment.reset(KEY), jnp.int32(0))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["CartPole-v1"])
 def test_gymnax_itself(name):

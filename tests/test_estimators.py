@@ -142,6 +142,7 @@ def test_unbiased(name):
     require_mean(seen.gradient, other.gradient, 0.03, f"{name}, second MDP")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", "two visits", "shared"])
 def test_unbiased_where_processes_end_and_under_kl(name):
     at = setting(EndingGarnet)
@@ -189,6 +190,7 @@ def test_unbiased_on_four_rooms():
     require_mean(seen.gradient, at.gradient, 0.1, "shared rollouts")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [pytest.param(WholeGarnet, marks=pytest.mark.slow), NoisyGarnet, PairGarnet, StepPairGarnet],
@@ -234,6 +236,7 @@ def variance(name, number):
     return made_with(name, number).gradient.var(0).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_baselines_lower_the_variance(name):
     none, others, states = (variance(name, number) for number in range(3))
@@ -252,6 +255,7 @@ def test_coupling_and_copies_lower_the_variance():
     assert variance("two copies", 1) < 0.85 * variance("coupled", 1)
 
 
+@pytest.mark.slow
 def test_state_baseline_learns_the_value():
     """b[s] is the upper level's value of the policy: to 10 percent of its size after 1280 trajectories."""
     at = setting()
@@ -287,6 +291,7 @@ def truncated_gradient(at, length):
     return answer + (occupancy[:, None] * pi * float(problem.price) * x).reshape(-1)
 
 
+@pytest.mark.slow
 def test_truncation():
     """The bias is the predicted one, and below its bound.
 
@@ -318,6 +323,7 @@ def test_one_step_is_exact_for_discount_zero():
     np.testing.assert_allclose(truncated_gradient(at, 1).reshape(5, 2), at.gradient.reshape(5, 2), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_one_step_is_biased_otherwise():
     """At discount 0.9: the one-step gradient as predicted, 40 standard errors or more from the exact one."""
     at = setting(discount=0.9, horizon=120, temperature=1.0)
@@ -399,6 +405,7 @@ def test_weights_by_hand_and_of_equal_policies():
 # 7. Responses that learn.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("response", "kind", "errors"),
     [
@@ -449,6 +456,7 @@ def at_each(key, x, price, temperature):
     return estimate(key, problem, x, policy, batch=4, response=NestedRollouts(4, visits=1))
 
 
+@pytest.mark.slow
 def test_vmap_and_jit_equal_single_calls():
     """Over keys, x and the numbers of the problem at once; new numbers do not recompile; same key, same bits."""
     single = quick_jit(at_each)
@@ -478,6 +486,7 @@ def test_problems_of_the_same_sizes_share_a_compilation():
     assert compiled._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coupled", "shared", "exact", "model", "critic"])
 def test_float32(name):
     response = UNBIASED | {"model": LearnedModel(), "critic": LearnedCritic()}
@@ -517,6 +526,7 @@ def sizes_of(jaxpr):
             yield from sizes_of(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["coupled", "two visits", "shared", "exact", "one step", "model"])
 def test_nothing_as_wide_as_x_is_held_for_each_pair(name):
     """|x| = S A = 120, so that a Jacobian of a reward or value table has 14400 entries; all else has a tenth."""
@@ -690,6 +700,7 @@ def features_setting():
     return Setting(sampled, x, policy, np.asarray(exact.value), flat(exact.gradient)), mdp(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("response", [NestedRollouts(LENGTH, visits=2)], ids=["two visits"])
 def test_features_for_states(response):
     at, _ = features_setting()

@@ -76,6 +76,7 @@ def test_hessian_vector_product():
     np.testing.assert_allclose(product, want, rtol=1e-6, atol=1e-7 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_warm_started_hessian_vector_product():
     # In forward and in reverse mode.
     problem, x, cold = upper_problem("kl"), upper_start(), exact("kl")

@@ -102,10 +102,8 @@ def run_processes(script, path, count):
         return [failure for failure in pool.map(one, range(count)) if failure]
 
 
-MANY = pytest.param(30, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("count", [3, MANY])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [30])
 def test_vmapped_hypergradients_over_contexts(inputs, count):
     assert not run_processes(HYPERGRADIENTS, inputs / "hypergradients.npz", count)
 

@@ -561,6 +561,7 @@ def one_point(key: str, values: dict) -> list:
     return [1e-6] if values is None else [0.9 * values]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "lower", "adjoint", "optimizer"),
     [
@@ -605,6 +606,7 @@ def test_every_sweepable_key_runs(problem, lower, adjoint, optimizer, tmp_path):
 # ---- Precision, and a process of its own ---------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_float32(tmp_path):
     done = finished(tmp_path, SYNTHETIC, "precision=float32")
     assert jax.config.jax_enable_x64  # as before the run

@@ -127,6 +127,7 @@ def test_protocol(name):
             bj.check(info)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sobirl, shared rollouts, reuse", "zero_order"])
 def test_vmap_over_keys_and_learning_rates(name):
     algorithm, x = algorithm_of(name), 0.1 * jax.random.normal(KEY, (5, 2))
@@ -170,6 +171,7 @@ class TableAgent(Agent):
         return 0
 
 
+@pytest.mark.slow
 def test_x_may_be_a_dict():
     """The same numbers as with an array: a bonus split into two parts, one of which also costs."""
     like = garnet()
@@ -199,6 +201,7 @@ def test_x_may_be_a_dict():
     np.testing.assert_allclose(info.gradient["bonus"], expected.gradient, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sobirl, shared rollouts, reuse", "sobirl, learned critic", "hpgd", "zero_order"])
 def test_float32(name):
     def narrow(tree):
@@ -277,7 +280,7 @@ def summed(problem, groups, direct, term):
     return total / len(direct)
 
 
-@pytest.mark.parametrize("kind", [None, EndingGarnet], ids=["garnet", "ending"])
+@pytest.mark.parametrize("kind", [None, pytest.param(EndingGarnet, marks=pytest.mark.slow)], ids=["garnet", "ending"])
 def test_hpgd_as_published(kind):
     problem = garnet() if kind is None else garnet(kind)
     x = 0.5 * jax.random.normal(KEY, (5, 2))
@@ -290,7 +293,7 @@ def test_hpgd_as_published(kind):
     np.testing.assert_allclose(made.value, np.mean(costs @ factors), rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", [None, EndingGarnet], ids=["garnet", "ending"])
+@pytest.mark.parametrize("kind", [None, pytest.param(EndingGarnet, marks=pytest.mark.slow)], ids=["garnet", "ending"])
 def test_bc_hg_as_published(kind):
     """From a critic that knows something already."""
     problem = garnet() if kind is None else garnet(kind)
@@ -321,6 +324,7 @@ class WholeEndingGarnet(EndingGarnet):
         return paid @ self.discount ** jnp.arange(self.horizon, dtype=paid.dtype)
 
 
+@pytest.mark.slow
 def test_bc_hg_learns_from_a_loss_paid_after_the_end():
     """Processes that end early: the last step that was made has to pay for all of it."""
     problem = garnet(WholeEndingGarnet)
@@ -339,6 +343,7 @@ def test_bc_hg_learns_from_a_loss_paid_after_the_end():
     np.testing.assert_allclose(made.memory, expected, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_zero_order_is_its_formula():
     problem, x, radius = garnet(), 0.5 * jax.random.normal(KEY, (5, 2)), 0.2
     algorithm = zero_order(problem, OPTIMIZER, agent=AGENT, batch=6, radius=radius)
@@ -361,6 +366,7 @@ def test_zero_order_is_its_formula():
     assert abs(float(jnp.linalg.norm(direction)) - np.sqrt(10)) < 2
 
 
+@pytest.mark.slow
 def test_naive_is_the_direct_part():
     """E[dl/dx] under the policy taken for a constant: 1000 batches, p as in `sampled_helpers`."""
     at = setting()
@@ -383,6 +389,7 @@ def value_at(problem, x):
     return float(bj.hypergradient(problem, x).value)
 
 
+@pytest.mark.slow
 def test_descent():
     """From x = 0, with fixed seeds: the share of what exact gradient descent gains that each algorithm gains."""
     problem, x = garnet(), jnp.zeros((5, 2))
@@ -410,6 +417,7 @@ def test_descent():
 # Reuse.
 
 
+@pytest.mark.slow
 def test_reuse():
     """Where x stands still all weights are 1 and means go over the last three batches; those are kept in order."""
     problem, x = garnet(), 0.1 * jax.random.normal(KEY, (5, 2))
@@ -435,6 +443,7 @@ def test_reuse():
     assert np.all((sizes[1:] > 4) & (sizes[1:] < [15.9, 23.9, 23.9]))
 
 
+@pytest.mark.slow
 def test_reuse_by_hand():
     """The effective sample size and the objective after a step that moved x, from the weights in numpy."""
     problem, x = garnet(), 0.1 * jax.random.normal(KEY, (5, 2))

@@ -71,6 +71,7 @@ def mean_loss(key, problem, x, policy, chunks, batch):
     return jnp.mean(paid), jnp.std(paid) / paid.size**0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_mean_loss_is_the_objective(case):
     """20,000 groups or more; within 4 standard errors, which false alarms 6 times in 100,000 for each case."""
@@ -83,6 +84,7 @@ def test_mean_loss_is_the_objective(case):
     assert abs(mean - exact) <= 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SOME)
 def test_hypergradient_against_differences(case):
     problem, x, _ = build(case)
@@ -93,6 +95,7 @@ def test_hypergradient_against_differences(case):
         np.testing.assert_allclose(np.vdot(result.gradient, d), central_difference(f, x, d)[0], rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_hessian_vector_product_of_the_pair_loss():
     problem, x, _ = build("rlhf with sampled labels")
     d, e = (jnp.asarray(random_like(seed, x)) for seed in (0, 1))
@@ -106,6 +109,7 @@ def test_hessian_vector_product_of_the_pair_loss():
     np.testing.assert_allclose(along @ e, across @ d, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["rlhf with sampled labels", "chain with a bonus a pair"])
 def test_mean_estimate_is_the_hypergradient(case):
     """20 batches; along a direction within 4 standard errors (of 19 degrees of freedom: 8 false alarms in 10,000)."""
@@ -123,6 +127,7 @@ def test_mean_estimate_is_the_hypergradient(case):
     assert abs(sampled.mean() - want) <= 4 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SOME[:2])
 def test_float32(case):
     name, options, _ = CASES[case]
@@ -146,6 +151,7 @@ TRACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["rlhf with sampled labels", "grid"])
 def test_numbers_of_the_options_can_be_traced(case):
     """One program, mapped over the options: problem, exact hyper-gradient and sampled loss as if made one by one."""
@@ -197,6 +203,7 @@ def tiny(**options):
     return problem, x, solution, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"branching": 3, "features": 2, "length": 2}])
 def test_rlhf_objective_is_the_sum_over_all_pairs_of_segments(options):
     problem, x, solution, found = tiny(**options)
@@ -219,6 +226,7 @@ def test_rlhf_objective_is_the_sum_over_all_pairs_of_segments(options):
     np.testing.assert_allclose(objective_of(problem, x, solution), want, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_rlhf_segments_are_drawn_as_often_as_enumerated():
     """Each sequence with at least 10 expected draws within 5 standard errors: 6 false alarms in 10 million for each."""
     problem, _, solution, found = tiny()
@@ -260,6 +268,7 @@ def test_rlhf_reference_policy():
     assert np.abs(np.asarray(problem.reference) - 1 / 3).max() > 0.2
 
 
+@pytest.mark.slow
 def test_rlhf_learns_the_hidden_reward_where_the_teacher_is_a_bradley_terry_model():
     """At the hidden reward itself the loss is least for every policy: its gradient in r_x alone is 0."""
     problem = bj.problems.make("tabular_rlhf", rationality=1.0, noise=0.0, ridge=0.0)
@@ -324,6 +333,7 @@ def test_grid_is_as_described():
     np.testing.assert_allclose(problem.shaping(jnp.asarray(x)), 0.5 * np.tanh(x.reshape(7, 4)), rtol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "at_most", "at_least"), [("chain", 0.35, 0.6), ("grid", 0.25, 0.5)])
 def test_shaping_is_needed_and_helps(layout, at_most, at_least):
     """Without a bonus the agent earns little; a bonus that grows towards the goal makes it earn much."""
@@ -347,6 +357,7 @@ def test_truncation_is_as_small_as_said():
     assert problem.true_discount**problem.horizon < 2.5e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discount", ["discount", "true_discount"])
 def test_a_discount_of_zero_ends_nothing_in_the_simulator(discount):
     problem = bj.problems.make("reward_shaping", **{discount: 0.0})

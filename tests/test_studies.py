@@ -74,6 +74,7 @@ batch: 8
 """
 
 
+@pytest.mark.slow
 def test_samples(tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # optax.adam needs it
         out, _ = study(tmp_path, SAMPLES)
@@ -136,7 +137,8 @@ def test_slope_of_a_known_power():
 def test_accuracy(tmp_path):
     out, called = study(
         tmp_path,
-        "study: accuracy\nmdps: 1\ndiscount: 0.3\nhorizon: 10\nrooms_horizon: 20\ntrajectories: 400\nbatch: 20\n",
+        "study: accuracy\nmdps: 1\ndiscount: 0.3\nhorizon: 10\nrooms_horizon: 20\ntrajectories: 400\nbatch: 20\n"
+        "variance_batches: [4, 256]\n",
     )
     rows = read_rows(out / "accuracy.csv")
     assert {row["problem"] for row in rows} == {"garnet 0", "four_rooms"}
@@ -151,6 +153,7 @@ def test_accuracy(tmp_path):
     assert_picture(out / "accuracy.png")
 
 
+@pytest.mark.slow
 def test_truncation(tmp_path):
     out, _ = study(
         tmp_path,
@@ -166,6 +169,7 @@ def test_truncation(tmp_path):
     assert_picture(out / "truncation.png")
 
 
+@pytest.mark.slow
 def test_agents(tmp_path):
     out, _ = study(tmp_path, "study: agents\nproblem: {name: garnet, states: 4}\nimproves: [1, 32]\nseeds: 1\n")
     rows = read_rows(out / "agents.csv")

@@ -35,6 +35,7 @@ class AccuracyOptions:
     trajectories: behind each test.
     batch: trajectories of one estimate; their spread gives the standard error.
     directions: random directions along which each gradient is compared.
+    variance_batches: trajectories of an estimate, for how the variance falls with them.
     """
 
     mdps: int = 20
@@ -45,6 +46,7 @@ class AccuracyOptions:
     trajectories: int = 100_000
     batch: int = 100
     directions: int = 3
+    variance_batches: tuple[int, ...] = (4, 16, 64, 256)
 
 
 def run(options: AccuracyOptions, directory: Path, report: Callable[[str], None]) -> None:
@@ -157,7 +159,7 @@ def _variances(problem: Any, options: AccuracyOptions) -> list[dict[str, Any]]:
     norm = float(np.sum(np.square(np.asarray(exact.gradient))))
     rows = []
     for name, (response, baseline) in estimators(float(problem.discount), large=False).items():
-        for batch in (4, 16, 64, 256):
+        for batch in options.variance_batches:
             sampled = gradients(problem, x, policy, response, baseline, batch, 400, 3)
             rows.append(
                 {"estimator": name, "batch": batch, "relative_variance": float(sampled.var(0, ddof=1).sum()) / norm}

@@ -349,7 +349,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["tabular", pytest.param("generic", marks=pytest.mark.slow)])
 def test_bits_do_not_depend_on_the_cut(case):
     environment, policy = (make() for make in CASES[case])
 

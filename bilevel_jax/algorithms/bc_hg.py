@@ -11,8 +11,8 @@ from jax.lax import stop_gradient
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
 from bilevel_jax.algorithms.visits import Visits, policy_term, reward_returns
-from bilevel_jax.estimators import SampledProblem, sample_groups
-from bilevel_jax.estimators.costs import returns, step_costs
+from bilevel_jax.estimators import SampledProblem, paid, sample_groups
+from bilevel_jax.estimators.costs import returns
 from bilevel_jax.estimators.problem import require_tabular, temperature_of
 from bilevel_jax.functions import tabulate
 from bilevel_jax.validation import as_float, require_positive
@@ -35,18 +35,16 @@ class BCHG(SampledAlgorithm):
         for_groups, for_loss = jax.random.split(key)
         policy = tabulate(self.policy(state), environment.num_states)
         groups = sample_groups(for_groups, problem, policy, self.batch)
-        loss_keys = jax.random.split(for_loss, self.batch)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
         visits = Visits.of(environment, flat)
 
         def surrogate(x):
-            losses = jax.vmap(problem.loss, (0, None, 0))(loss_keys, x, groups)
-            costs = step_costs(problem, losses)
+            costs = paid(for_loss, problem, x, groups)
             value = jnp.sum(costs.factors * costs.each) / self.batch
             each = jnp.repeat(stop_gradient(costs.each), problem.trajectories, 0)
             critic = self._sarsa(state.memory, visits, each, costs.discount)
             upper = critic - jnp.sum(policy.values.astype(critic.dtype) * critic, -1, keepdims=True)
-            advantage = upper.reshape(-1)[visits.pair].astype(losses.dtype)
+            advantage = upper.reshape(-1)[visits.pair].astype(costs.each.dtype)
             answer = visits.pair_means(reward_returns(problem, x, flat))[visits.pair]
             answered = policy_term(advantage, answer, visits, costs.factors) * problem.trajectories
             return value + answered / temperature_of(problem, x), (value, critic)

@@ -9,8 +9,7 @@ from jax.lax import stop_gradient
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
 from bilevel_jax.algorithms.visits import Visits, policy_term, reward_returns
-from bilevel_jax.estimators import SampledProblem, sample_groups
-from bilevel_jax.estimators.costs import step_costs
+from bilevel_jax.estimators import SampledProblem, paid, sample_groups
 from bilevel_jax.estimators.problem import require_tabular, temperature_of
 
 
@@ -24,13 +23,11 @@ class HPGD(SampledAlgorithm):
         environment = require_tabular(problem, "HPGD")
         for_groups, for_loss = jax.random.split(key)
         groups = sample_groups(for_groups, problem, self.policy(state), self.batch)
-        loss_keys = jax.random.split(for_loss, self.batch)
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
         visits = Visits.of(environment, flat)
 
         def surrogate(x):
-            losses = jax.vmap(problem.loss, (0, None, 0))(loss_keys, x, groups)
-            costs = step_costs(problem, losses)
+            costs = paid(for_loss, problem, x, groups)
             value = jnp.sum(costs.factors * costs.each) / self.batch
             ahead = jnp.repeat(stop_gradient(costs).returns(), problem.trajectories, 0)
             advantage = visits.pair_means(ahead)[visits.pair] - visits.state_means(ahead)[visits.state]

@@ -9,8 +9,7 @@ import optax
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
-from bilevel_jax.estimators import SampledProblem, sample_groups
-from bilevel_jax.estimators.costs import step_costs
+from bilevel_jax.estimators import SampledProblem, paid, sample_groups
 from bilevel_jax.validation import as_float, require_positive
 
 
@@ -54,8 +53,7 @@ class ZeroOrder(SampledAlgorithm):
         """The mean loss of a batch at x."""
         for_groups, for_loss = jax.random.split(key)
         groups = sample_groups(for_groups, self.problem, self.agent.policy(agent, self.problem, x), self.batch)
-        losses = jax.vmap(self.problem.loss, (0, None, 0))(jax.random.split(for_loss, self.batch), x, groups)
-        costs = step_costs(self.problem, losses)
+        costs = paid(for_loss, self.problem, x, groups)
         return jnp.sum(costs.factors * costs.each) / self.batch
 
     @property

@@ -168,6 +168,7 @@ def test_hessian_vector_products(kind, layout, mode):
     np.testing.assert_allclose(product, want, rtol=1e-6, atol=1e-7 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_gmres_adjoint_equals_the_direct_one():
     theta = parameters("shannon", "dense")
     d = direction(theta, "dense")
@@ -248,6 +249,7 @@ def test_initial_value_has_no_derivative():
     np.testing.assert_array_equal(jax.grad(f)(jnp.ones(STATES)), 0)
 
 
+@pytest.mark.slow
 def test_under_checkpoint_and_scan():
     theta = parameters("shannon", "dense")
 

@@ -368,6 +368,7 @@ def importance_draws(at, drawn_under, clip):
     return jax.lax.map(one, jax.random.split(KEY, 500), batch_size=100)
 
 
+@pytest.mark.slow
 def test_importance_weights():
     """Unbiased without a clip; the weights themselves have the mean 1. A clip of 1 cuts as many as it says."""
     at = setting(horizon=10, discount=0.3)

@@ -177,6 +177,7 @@ def test_adjoint_equation_and_its_error_bound(name):
     assert (error > 1e-4) == (name != "Direct")  # rough ones are rough
 
 
+@pytest.mark.slow
 def test_neumann_converges_at_the_rate_of_the_discount():
     direct, discount = exact("shannon"), float(jax.nn.sigmoid(1.0))
     errors, adjoint_errors = [], []

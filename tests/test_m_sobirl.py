@@ -184,6 +184,7 @@ def test_vmap_over_seeds():
     assert len(np.unique(info.objective[:, -1])) == 3
 
 
+@pytest.mark.slow
 def test_vmap_over_learning_rates_and_problems():
     problem, algorithm = small()
     rates = jnp.array([0.0, 1e-3, 1e-2])

@@ -208,6 +208,7 @@ def test_first_row_is_the_problem_at_the_start(rooms):
         np.testing.assert_allclose(rooms.curve(number, "gradient_norm")[0], norm, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rooms", "synthetic"])
 def test_last_row_is_exact_at_the_saved_x(name, request):
     """Also where the lower level of the run itself is inexact."""

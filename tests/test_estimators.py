@@ -84,9 +84,9 @@ class OneOf(Baseline):
     number: Any
     baselines: tuple = (NoBaseline(), LeaveOneOut(), StateBaseline())
 
-    def values(self, state, problem, groups, costs):
+    def credit(self, state, problem, policy, groups, costs):
         shape = groups.action.shape
-        each = [jnp.broadcast_to(b.values(state, problem, groups, costs), shape) for b in self.baselines]
+        each = [jnp.broadcast_to(b.credit(state, problem, policy, groups, costs), shape) for b in self.baselines]
         return jnp.stack(each)[self.number]
 
 

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.environments import Trajectory
+from bilevel_jax.environments import TabularEnvironment, Trajectory
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators.costs import Costs
 from bilevel_jax.estimators.counts import Counts
@@ -16,7 +16,7 @@ from bilevel_jax.functions import ActionFunction, tabulate
 
 
 class Baseline(eqx.Module):
-    """The protocol. `values` may depend on a step's own past and on other groups, never on its own future."""
+    """The protocol: what each action is charged with, so that the estimate has less variance."""
 
     @property
     def learns_first(self) -> bool:
@@ -33,18 +33,25 @@ class Baseline(eqx.Module):
         return state
 
     @abc.abstractmethod
-    def values(self, state: Any, problem: SampledProblem, groups: Trajectory, costs: Costs) -> jax.Array:
-        """[N, I, H], in the terms of `costs.returns()`, from groups [N, I, H] and what each paid, [N, H]."""
-
     def credit(
         self, state: Any, problem: SampledProblem, policy: ActionFunction, groups: Trajectory, costs: Costs
     ) -> jax.Array:
-        """What each action is charged with, [N, I, H]: what was still paid from its step on, less `values`."""
+        """[N, I, H], in the terms of `costs.returns()`, from groups [N, I, H] and what each paid, [N, H]."""
+
+
+class _Subtracted(Baseline):
+    """What was still paid from a step on, less `values`, which leave the mean as it is."""
+
+    @abc.abstractmethod
+    def values(self, state: Any, problem: SampledProblem, groups: Trajectory, costs: Costs) -> jax.Array:
+        """[N, I, H]. They may depend on a step's own past and on other groups, never on its own future."""
+
+    def credit(self, state, problem, policy, groups, costs):
         del policy
         return costs.returns()[:, None] - self.values(state, problem, groups, costs)
 
 
-class NoBaseline(Baseline):
+class NoBaseline(_Subtracted):
     """Zero."""
 
     def values(self, state, problem, groups, costs):
@@ -52,7 +59,7 @@ class NoBaseline(Baseline):
         return jnp.zeros_like(costs.each)[:, None]
 
 
-class LeaveOneOut(Baseline):
+class LeaveOneOut(_Subtracted):
     """The mean over the other groups of the batch, at the same step. With one group only, zero."""
 
     def values(self, state, problem, groups, costs):
@@ -62,7 +69,7 @@ class LeaveOneOut(Baseline):
         return ((jnp.sum(to_go, 0) - to_go) / others)[:, None]
 
 
-class StateBaseline(Baseline):
+class StateBaseline(_Subtracted):
     """A table b[S] of what is paid from a state on, learned from earlier batches: the advantage form.
 
     b moves towards the batch's mean of `costs.returns()` over the visits of a state by `step_size`, at
@@ -78,12 +85,7 @@ class StateBaseline(Baseline):
     step_size: Any = 0.2
 
     def init(self, problem):
-        environment = require_tabular(problem, "StateBaseline")
-        if problem.trajectories != 1:
-            raise InputError(
-                f"trajectories: StateBaseline is for losses of one trajectory, the problem has "
-                f"{problem.trajectories}; use LeaveOneOut()"
-            )
+        environment = _require_single("StateBaseline", problem)
         zeros = jnp.zeros(environment.num_states, problem.discount.dtype)
         return zeros, zeros
 
@@ -104,7 +106,7 @@ class StateBaseline(Baseline):
         return state[0][groups.observation].astype(costs.each.dtype)
 
 
-class LearnedAdvantage(StateBaseline):
+class LearnedAdvantage(Baseline):
     """The upper level's advantage Q - V in the place of what was paid: an actor-critic form.
 
     Q solves Q = c + discount P pi Q for the transition frequencies of all earlier batches and the mean
@@ -120,6 +122,7 @@ class LearnedAdvantage(StateBaseline):
       InputError: the environment is not tabular, or the loss looks at more than one trajectory.
     """
 
+    step_size: Any = 0.2
     current: bool = eqx.field(default=True, static=True)
 
     @property
@@ -127,9 +130,8 @@ class LearnedAdvantage(StateBaseline):
         return self.current
 
     def init(self, problem):
-        zeros, _ = super().init(problem)
-        environment = require_tabular(problem, "LearnedAdvantage")
-        counts = Counts.none(environment, zeros.dtype)
+        environment = _require_single("LearnedAdvantage", problem)
+        counts = Counts.none(environment, problem.discount.dtype)
         return counts, jnp.zeros_like(counts.visits), jnp.zeros_like(counts.visits)
 
     def update(self, state, problem, groups, costs):
@@ -145,9 +147,6 @@ class LearnedAdvantage(StateBaseline):
             keep * weight + new.visits,
         )
 
-    def values(self, state, problem, groups, costs):
-        raise NotImplementedError
-
     def credit(self, state, problem, policy, groups, costs):
         counts, paid, weight = state
         environment = require_tabular(problem, "LearnedAdvantage")
@@ -160,3 +159,13 @@ class LearnedAdvantage(StateBaseline):
         seen = counts.visits[pair] > 0
         paid_on = costs.returns()[:, None].astype(paid.dtype) - v[groups.observation]
         return jnp.where(seen, known, paid_on).astype(costs.each.dtype)
+
+
+def _require_single(name: str, problem: SampledProblem) -> TabularEnvironment:
+    """The environment, if it is tabular and losses look at one trajectory. Raises InputError."""
+    if problem.trajectories != 1:
+        raise InputError(
+            f"trajectories: {name} is for losses of one trajectory, the problem has {problem.trajectories}; use "
+            f"LeaveOneOut()"
+        )
+    return require_tabular(problem, name)

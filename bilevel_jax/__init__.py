@@ -1,9 +1,10 @@
 """Differentiable regularized Markov decision processes and bilevel reinforcement learning in JAX."""
 
 from bilevel_jax import agents, algorithms, environments, estimators, preferences, problems
-from bilevel_jax.adjoint import GMRES, Descent, Direct, LinearSolver, LinearStats, Neumann, policy_value
+from bilevel_jax.adjoint import GMRES, Descent, Direct, LinearSolver, LinearStats, Neumann
 from bilevel_jax.errors import ConvergenceError, InputError
 from bilevel_jax.estimators import SampledBilevelProblem, SampledProblem
+from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Linear, Table
 from bilevel_jax.hypergradient import BilevelProblem, Hypergradient, Implicit, Problem, hypergradient
 from bilevel_jax.mdp import MDP

@@ -27,6 +27,7 @@ LAYERS = [
     {"regularizers", "environments"},
     {"bellman", "preferences"},
     {"adjoint"},
+    {"evaluation"},
     {"solvers"},
     {"hypergradient"},
     {"estimators"},
@@ -36,7 +37,7 @@ LAYERS = [
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # Problems describe MDPs and simulators and evaluate policies; they know nothing of solving or of gradients.
-LEVEL["problems"] = LEVEL["adjoint"] + 0.5
+LEVEL["problems"] = LEVEL["evaluation"] + 0.5
 
 FOREIGN = {"matplotlib", "yaml", "pydantic", "tqdm", "argparse", "pathlib", "csv"}
 

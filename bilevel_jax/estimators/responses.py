@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.lax import stop_gradient
 
-from bilevel_jax.adjoint import policy_value
 from bilevel_jax.bellman import action_values
 from bilevel_jax.environments import TabularEnvironment, Trajectory, rollout_from, trajectory_keys
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators.counts import Counts
 from bilevel_jax.estimators.problem import SampledProblem, discounts, require_tabular, reward_table
+from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import ActionFunction, tabulate
 from bilevel_jax.hypergradient import Problem
 from bilevel_jax.mdp import over_batch

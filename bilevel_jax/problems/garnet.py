@@ -6,9 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.adjoint import policy_value
 from bilevel_jax.environments import TabularEnvironment
 from bilevel_jax.errors import InputError
+from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.problems.registry import register

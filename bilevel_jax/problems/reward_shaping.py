@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel_jax.adjoint import policy_value
 from bilevel_jax.environments import TabularEnvironment, Trajectory
 from bilevel_jax.errors import InputError
+from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.problems.grid import dynamics, parse_map

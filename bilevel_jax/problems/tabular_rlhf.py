@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevel_jax.adjoint import policy_value
 from bilevel_jax.environments import TabularEnvironment, Trajectory
 from bilevel_jax.errors import InputError
+from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.preferences import Teacher, log_likelihood, segment_return

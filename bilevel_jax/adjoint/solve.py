@@ -1,0 +1,119 @@
+"""`linear_solve`: one solve with its report, differentiable in the operator and the right-hand side."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bilevel_jax.adjoint.direct import Direct
+from bilevel_jax.adjoint.gmres import GMRES
+from bilevel_jax.adjoint.protocol import LinearSolver, LinearStats, residual_of
+from bilevel_jax.results import Result
+from bilevel_jax.transitions import StateOperator
+
+# Below this many states a factorization is cheaper than Krylov iterations (docs/performance.md).
+DIRECT_LIMIT = 512
+
+
+def default_linear_solver(num_states: int) -> LinearSolver:
+    """Direct up to `DIRECT_LIMIT` states, GMRES above."""
+    return Direct() if num_states <= DIRECT_LIMIT else GMRES()
+
+
+def linear_solve(
+    solver: LinearSolver,
+    operator: StateOperator,
+    modulus: jax.Array,
+    rhs: jax.Array,
+    *,
+    transpose: bool = False,
+    guess: jax.Array | None = None,
+    share: bool = True,
+    poison: bool = False,
+) -> tuple[jax.Array, LinearStats]:
+    """Solve (I - M) x = rhs, or (I - M') x = rhs, for an operator M with |M|_inf <= modulus < 1.
+
+    Args:
+      solver: a `LinearSolver`.
+      operator, rhs: M and b[S]; differentiable, in forward and reverse mode and repeatedly.
+      transpose: solve with the transpose.
+      guess: start of an iterative solver for this right-hand side, [S]; zeros if None. Derivatives solve
+        for others: there it is neither used nor differentiated.
+      share: prepare once for this solve and its derivatives. False prepares anew in each, which is
+        cheaper where no derivative follows: nothing has to be kept.
+      poison: return NaN in x, and in the hidden solves of derivatives, where a solve did not
+        converge. For solves whose stats nobody sees.
+
+    Returns:
+      x[S] and `LinearStats`.
+    """
+    solver = jax.tree.map(jnp.asarray, solver)
+    if guess is not None:
+        return _solve_from((transpose, share, poison), solver, operator, modulus, rhs, guess)
+    frozen, frozen_solver, modulus = lax.stop_gradient((operator, solver, modulus))
+    prepared = frozen_solver.prepare(frozen) if share else None
+
+    def solve(b, flip):
+        return _solve_once(frozen_solver, prepared, frozen, modulus, b, jnp.zeros_like(b), flip, poison)
+
+    system = operator.T if transpose else operator
+    return lax.custom_linear_solve(
+        lambda x: x - system.apply(x),
+        rhs,
+        solve=lambda _, b: solve(b, transpose),
+        transpose_solve=lambda _, b: solve(b, not transpose),
+        has_aux=True,
+    )
+
+
+def _solve_once(solver, prepared, operator, modulus, rhs, guess, transpose, poison):
+    x, steps = solver.solve(operator, prepared, rhs, guess, transpose)
+    stats = _stats(solver, operator.T if transpose else operator, modulus, x, rhs, steps, transpose)
+    return (jnp.where(stats.result == Result.CONVERGED, x, jnp.nan) if poison else x), stats
+
+
+# `custom_linear_solve` has one `solve` for the right-hand side and for its tangents; a guess is right for one.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _solve_from(options, solver, operator, modulus, rhs, guess):
+    transpose, _, poison = options
+    return _solve_once(solver, None, operator, modulus, rhs, guess, transpose, poison)
+
+
+@_solve_from.defjvp
+def _solve_from_jvp(options, primals, tangents):
+    solver, operator, modulus, rhs, _ = primals
+    _, operator_dot, _, rhs_dot, _ = tangents
+    transpose, share, poison = options
+    x, stats = _solve_from(options, *primals)
+
+    def gap(operator, rhs):
+        return residual_of(operator.T if transpose else operator, x, rhs)
+
+    # A x = b, hence A dx = db - dA x.
+    _, gap_dot = jax.jvp(gap, (operator, rhs), (operator_dot, rhs_dot))
+    x_dot, _ = linear_solve(solver, operator, modulus, gap_dot, transpose=transpose, share=share, poison=poison)
+    return (x, stats), (x_dot, zero_tangents(stats))
+
+
+def zero_tangents(tree: Any) -> Any:
+    """The tangents of what is not differentiated."""
+
+    def zero(leaf):
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.zeros_like(leaf) if floating else np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zero, tree)
+
+
+def _stats(solver, system, modulus, x, rhs, steps, transpose) -> LinearStats:
+    gap = residual_of(system, x, rhs)
+    residual = jnp.sum(jnp.abs(gap)) if transpose else jnp.max(jnp.abs(gap))
+    tolerance = jnp.asarray(solver.relative_tolerance(rhs.dtype), rhs.dtype)
+    rounding = 8 * jnp.finfo(rhs.dtype).eps * jnp.linalg.norm(x)
+    ok = jnp.linalg.norm(gap) <= 1.01 * tolerance * jnp.linalg.norm(rhs) + rounding
+    result = jnp.where(ok, Result.CONVERGED, Result.MAX_STEPS)
+    result = jnp.where(jnp.all(jnp.isfinite(x)), result, Result.NOT_FINITE)
+    return LinearStats(result.astype(jnp.int32), steps, residual, residual / (1 - modulus))

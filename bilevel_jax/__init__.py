@@ -8,7 +8,7 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Linear, Table
 from bilevel_jax.hypergradient import BilevelProblem, Hypergradient, Implicit, Problem, hypergradient
 from bilevel_jax.mdp import MDP
-from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy, TsallisEntropy
+from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy, TsallisEntropy, Unregularized
 from bilevel_jax.results import MESSAGES, Result, check
 from bilevel_jax.solvers import PolicyIteration, Solution, Solver, SolveStats, ValueIteration, solve
 from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
@@ -44,6 +44,7 @@ __all__ = [
     "Table",
     "Transition",
     "TsallisEntropy",
+    "Unregularized",
     "ValueIteration",
     "agents",
     "algorithms",

@@ -2,16 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.transitions import PolicyOperator, StateOperator
+from bilevel_jax.validation import is_known
 
 
 def action_values(mdp: MDP, value: jax.Array) -> jax.Array:
-    """Q = r + discount * P V: [S] -> [S, A]."""
-    return mdp.reward + mdp.discount * mdp.transition.expect(value)
+    """Q = r + discount * P V: [S] -> [S, A]; -inf, and without derivative, at actions that are not available."""
+    q = mdp.reward + mdp.discount * mdp.transition.expect(value)
+    return q if mdp.available is None else jnp.where(mdp.available, q, -jnp.inf)
 
 
 def backup(mdp: MDP, regularizer: Regularizer, value: jax.Array) -> jax.Array:
@@ -20,9 +24,19 @@ def backup(mdp: MDP, regularizer: Regularizer, value: jax.Array) -> jax.Array:
 
 
 def greedy(mdp: MDP, regularizer: Regularizer, value: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(Q[S, A], grad Omega*(Q)[S, A]) at V[S]."""
+    """(Q[S, A], grad Omega*(Q)[S, A]) at V[S]. For derivative rules; what users read is `read_policy`."""
     q = action_values(mdp, value)
     return q, regularizer.policy(q)
+
+
+def read_policy(regularizer: Regularizer, q: jax.Array) -> jax.Array:
+    """The policy [S, A] at Q[S, A] as a result that users may differentiate.
+
+    Where the regularizer is not smooth, differentiating it raises InputError in reverse mode and gives
+    NaN in forward mode, instead of the derivative 0 of what is piecewise constant.
+    """
+    policy = regularizer.policy(q)
+    return policy if regularizer.smooth else without_derivative(policy, q)
 
 
 def discounted_operator(mdp: MDP, policy: jax.Array) -> StateOperator:
@@ -31,7 +45,11 @@ def discounted_operator(mdp: MDP, policy: jax.Array) -> StateOperator:
 
 
 def check_compatible(mdp: MDP, regularizer: Regularizer) -> None:
-    """Raise InputError where a regularizer's arrays do not fit the MDP's states, actions or batch axes."""
+    """Raise InputError where a regularizer does not fit the MDP.
+
+    Its arrays may disagree in states, actions or batch axes; a reference that is known may have no
+    probability on what a state makes available.
+    """
     expected = (mdp.num_states, mdp.num_actions)
     reference = getattr(regularizer, "reference", None)
     if reference is not None and reference.shape[-2:] not in (expected, expected[1:]):
@@ -45,6 +63,14 @@ def check_compatible(mdp: MDP, regularizer: Regularizer) -> None:
             raise InputError(
                 f"{jax.tree_util.keystr(path).lstrip('.')}: shape {list(leaf.shape)} has batch axes {list(batch)}, "
                 f"the MDP has {list(mdp.batch_shape)}; give the same ones, or none"
+            )
+    if reference is not None and mdp.available is not None and is_known(reference, mdp.available):
+        left = np.any((np.asarray(reference) > 0) & np.asarray(mdp.available), -1)
+        if not left.all():
+            state = [int(i) for i in np.argwhere(~left)[0]]
+            raise InputError(
+                f"reference: no probability on the actions available in state {state} ({(~left).sum()} of "
+                f"{left.size} states have none); give some to at least one of them"
             )
 
 

@@ -6,10 +6,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.transitions import DenseTransition, Transition
-from bilevel_jax.validation import as_float, require_distribution, require_finite, require_fraction
+from bilevel_jax.validation import (
+    as_array,
+    as_float,
+    is_known,
+    require_distribution,
+    require_finite,
+    require_fraction,
+)
 
 
 class MDP(eqx.Module):
@@ -21,6 +29,9 @@ class MDP(eqx.Module):
       discount: in [0, 1); a number, or one for each pair, [S, A]: 0 where the process ends (the
         discount is applied to what follows that action).
       initial: distribution over the first state, rho[S]; None means uniform.
+      available: which actions each state has, bool [S, A], at least one; None means all of them. Rewards
+        and transitions of the others must be valid numbers (0 and a self-loop will do) and are not used:
+        their Q is -inf, their probability 0. Whether it is None is a part of the structure.
 
     Every array takes any number of leading batch axes, as given by the reward; a number or array
     without them is shared (the transition stays shared in memory, the others are broadcast).
@@ -35,8 +46,9 @@ class MDP(eqx.Module):
     reward: jax.Array
     discount: jax.Array
     initial: jax.Array
+    available: jax.Array | None
 
-    def __init__(self, transition: Any, reward: Any, discount: Any, initial: Any = None):
+    def __init__(self, transition: Any, reward: Any, discount: Any, initial: Any = None, available: Any = None):
         kernel = transition if isinstance(transition, Transition) else DenseTransition(transition)
         reward = as_float("reward", reward)
         if reward.ndim < 2:
@@ -68,6 +80,7 @@ class MDP(eqx.Module):
         if start.shape[-1:] != (states,) or start.shape[:-1] not in ((), batch):
             raise InputError(f"initial: expected shape [S] = [{states}], got {list(start.shape)}")
         self.initial = jnp.broadcast_to(start, (*batch, states))
+        self.available = None if available is None else _as_mask(available, batch, (states, actions))
         self.validate()
 
     @property
@@ -89,11 +102,15 @@ class MDP(eqx.Module):
     def modulus(self) -> jax.Array:
         """The contraction modulus of the Bellman operator: the largest discount, one a batch element."""
         axes = tuple(range(len(self.batch_shape), self.discount.ndim))
-        return jnp.max(self.discount, axes)
+        used = self.discount
+        if axes and self.available is not None:
+            used = jnp.where(self.available, used, 0)
+        return jnp.max(used, axes)
 
     def replace(self, **leaves: Any) -> "MDP":
         """A new, checked MDP with some arguments exchanged, e.g. `mdp.replace(reward=r)`."""
-        current = {name: getattr(self, name) for name in ("transition", "reward", "discount", "initial")}
+        names = ("transition", "reward", "discount", "initial", "available")
+        current = {name: getattr(self, name) for name in names}
         return MDP(**(current | leaves))
 
     def validate(self) -> None:
@@ -102,14 +119,58 @@ class MDP(eqx.Module):
         require_finite("reward", self.reward)
         require_fraction("discount", self.discount, "for long horizons use e.g. 0.999")
         require_distribution("initial", self.initial, -1, "divide it by its sum")
+        if self.available is not None:
+            _require_an_action(self.available)
 
     def event_ndim(self) -> "MDP":
         """The same tree with each array replaced by its number of axes in a single MDP."""
         return eqx.tree_at(
-            lambda m: (m.transition, m.reward, m.discount, m.initial),
+            lambda m: (m.transition, m.reward, m.discount, m.initial, m.available),
             self,
-            (self.transition.event_ndim(), 2, self.discount.ndim - len(self.batch_shape), 1),
+            (
+                self.transition.event_ndim(),
+                2,
+                self.discount.ndim - len(self.batch_shape),
+                1,
+                None if self.available is None else 2,
+            ),
+            is_leaf=lambda leaf: leaf is None,
         )
+
+    def require_available(self, policy: jax.Array) -> None:
+        """Raise InputError where a policy[S, A] that is known has probability on an action that is not available."""
+        if self.available is None or not is_known(policy, self.available):
+            return
+        wrong = (np.asarray(policy) != 0) & ~np.asarray(self.available)
+        if wrong.any():
+            index = [int(i) for i in np.argwhere(wrong)[0]]
+            raise InputError(
+                f"policy{index} is {np.asarray(policy)[wrong][0]:g}, but that action is not available in that "
+                f"state; give it probability 0"
+            )
+
+
+def _as_mask(available: Any, batch: tuple[int, ...], event: tuple[int, ...]) -> jax.Array:
+    mask = as_array("available", available)
+    if mask.dtype != bool:
+        raise InputError(f"available: expected booleans, got {mask.dtype}; say what is meant, e.g. available > 0")
+    if mask.shape not in (event, batch + event):
+        raise InputError(
+            f"available: expected shape [S, A] = {list(event)} (batch axes {list(batch)} first, or none), got "
+            f"{list(mask.shape)}"
+        )
+    return mask
+
+
+def _require_an_action(available: jax.Array) -> None:
+    if is_known(available):
+        some = np.asarray(available).any(-1)
+        if not some.all():
+            state = [int(i) for i in np.argwhere(~some)[0]]
+            raise InputError(
+                f"available: state {state} has no action ({(~some).sum()} of {some.size} states have none); make "
+                f"one available, e.g. a self-loop with reward 0"
+            )
 
 
 def _broadcast(name: str, array: jax.Array, batch: tuple[int, ...], event: tuple[int, ...]) -> jax.Array:

@@ -3,16 +3,18 @@
 With Q[S, A] the action values, a regularizer gives the state value and the policy that attains it:
   V[s] = Omega*(Q[s, :]) = max_p <p, Q[s, :]> - Omega(p),   pi[s, :] = grad Omega*(Q[s, :]).
 (Geist, Scherrer and Pietquin 2019, "A theory of regularized Markov decision processes".)
+An action that is not available has Q = -inf: its probability is 0 and nothing depends on it, to any order.
 """
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
 from bilevel_jax.validation import as_float, require_distribution, require_positive
 
@@ -20,8 +22,11 @@ from bilevel_jax.validation import as_float, require_distribution, require_posit
 class Regularizer(eqx.Module):
     """The protocol, and the temperature that all have.
 
-    A temperature or a reference may have batch axes in front, see `mdp.over_batch`.
+    A temperature or a reference may have batch axes in front, see `mdp.over_batch`. `smooth` says
+    whether the policy has a derivative; where not, a policy that users read is `bellman.read_policy`.
     """
+
+    smooth: ClassVar[bool] = True
 
     temperature: jax.Array
 
@@ -31,11 +36,11 @@ class Regularizer(eqx.Module):
 
     @abc.abstractmethod
     def conjugate(self, q: jax.Array) -> jax.Array:
-        """Omega*(Q): [S, A] -> [S]."""
+        """Omega*(Q): [S, A] -> [S], the maximum over the actions with Q above -inf."""
 
     @abc.abstractmethod
     def policy(self, q: jax.Array) -> jax.Array:
-        """grad Omega*(Q): [S, A] -> [S, A], rows sum to 1."""
+        """grad Omega*(Q): [S, A] -> [S, A], rows sum to 1; 0 where Q is -inf."""
 
     @abc.abstractmethod
     def penalty(self, policy: jax.Array) -> jax.Array:
@@ -58,11 +63,15 @@ class Regularizer(eqx.Module):
         """Check values that are known. Raises InputError."""
         _require_temperature(self.temperature)
 
-    def _scaled(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(Q - max Q) / temperature, the maximum [S], and the temperature in q's dtype."""
+    def _scaled(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """(Q - max Q) / temperature, the maximum [S], the temperature in q's dtype, and what is available.
+
+        0 at actions that are not: an infinity that is divided by the temperature has derivative NaN.
+        """
         temperature = jnp.asarray(self.temperature, q.dtype)
         top = stop_gradient(jnp.max(q, -1))
-        return (q - top[..., None]) / temperature, top, temperature
+        available = _is_available(q)
+        return jnp.where(available, q - top[..., None], 0) / temperature, top, temperature, available
 
 
 class ShannonEntropy(Regularizer):
@@ -79,11 +88,12 @@ class ShannonEntropy(Regularizer):
         super().__init__(temperature)
 
     def conjugate(self, q):
-        scaled, top, temperature = self._scaled(q)
-        return top + temperature * jnp.log(jnp.sum(jnp.exp(scaled), -1))
+        scaled, top, temperature, available = self._scaled(q)
+        return top + temperature * jnp.log(jnp.sum(jnp.where(available, jnp.exp(scaled), 0), -1))
 
     def policy(self, q):
-        return jax.nn.softmax(self._scaled(q)[0], -1)
+        scaled, _, _, available = self._scaled(q)
+        return jax.nn.softmax(scaled, -1, where=available)
 
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
@@ -91,7 +101,8 @@ class ShannonEntropy(Regularizer):
 
     def linearized_policy(self, policy, q, value):
         """d pi = pi d[(q - value) / temperature], as in Yang, Gao and Yuan 2025."""
-        exponent = (q - value[..., None]) / jnp.asarray(self.temperature, q.dtype)
+        advantage = jnp.where(_is_available(q), q - value[..., None], 0)
+        exponent = advantage / jnp.asarray(self.temperature, q.dtype)
         return stop_gradient(policy) * jnp.exp(exponent - stop_gradient(exponent))
 
 
@@ -101,7 +112,8 @@ class KLDivergence(Regularizer):
     Args:
       temperature: above 0, in units of the reward.
       reference: policy to stay close to, [S, A] or [A] for the same one in every state. An action
-        with probability 0 is never taken.
+        with probability 0 is never taken. What it gives to actions that are not available does not
+        count: the sum in Omega* is over the others, and ref is not normalized anew.
 
     Raises:
       InputError: temperature not above 0, reference negative or not summing to 1 (where known).
@@ -125,23 +137,25 @@ class KLDivergence(Regularizer):
         reference = jnp.asarray(self.reference, q.dtype)
         temperature = jnp.asarray(self.temperature, q.dtype)
         top = stop_gradient(jnp.max(jnp.where(reference > 0, q, -jnp.inf), -1))
-        scaled = jnp.where(reference > 0, (q - top[..., None]) / temperature, 0)
+        taken = (reference > 0) & _is_available(q)
+        scaled = jnp.where(taken, q - top[..., None], 0) / temperature
         return scaled, top, temperature, reference
 
     def conjugate(self, q):
         scaled, top, temperature, reference = self._shifted(q)
+        available = _is_available(q)
         # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is
         # the sum of the reference: rounding in it would be multiplied by the temperature, its derivative not.
         mass = jnp.sum(reference, -1)
-        shortfall = jnp.sum(reference * jnp.expm1(scaled), -1) + (mass - stop_gradient(mass))
-        total = jnp.sum(reference * jnp.exp(scaled), -1)
+        shortfall = jnp.sum(reference * jnp.where(available, jnp.expm1(scaled), -1), -1) + (mass - stop_gradient(mass))
+        total = jnp.sum(reference * jnp.where(available, jnp.exp(scaled), 0), -1)
         near = shortfall > -0.5
         log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
         return top + temperature * log_total
 
     def policy(self, q):
         scaled, _, _, reference = self._shifted(q)
-        weight = reference * jnp.exp(scaled)
+        weight = reference * jnp.where(_is_available(q), jnp.exp(scaled), 0)
         return weight / jnp.sum(weight, -1, keepdims=True)
 
     def penalty(self, policy):
@@ -157,7 +171,8 @@ class KLDivergence(Regularizer):
         """d pi = pi d[(q - value) / temperature + log reference]."""
         reference = jnp.asarray(self.reference, q.dtype)
         log_reference = jnp.log(jnp.where(reference > 0, reference, 1))
-        exponent = (q - value[..., None]) / jnp.asarray(self.temperature, q.dtype) + log_reference
+        advantage = jnp.where(_is_available(q), q - value[..., None], 0)
+        exponent = advantage / jnp.asarray(self.temperature, q.dtype) + log_reference
         return stop_gradient(policy) * jnp.exp(exponent - stop_gradient(exponent))
 
 
@@ -179,26 +194,83 @@ class TsallisEntropy(Regularizer):
         super().__init__(temperature)
 
     def conjugate(self, q):
-        _, top, temperature = self._scaled(q)
+        _, top, temperature, _ = self._scaled(q)
         policy = self.policy(q)
         gain = jnp.sum(policy * jnp.where(policy > 0, q - top[..., None], 0), -1)
         return top + gain + temperature / 2 * (1 - jnp.sum(policy**2, -1))
 
     def policy(self, q):
-        scaled, _, _ = self._scaled(q)
+        scaled, _, _, available = self._scaled(q)
+        ranked = jnp.where(available, stop_gradient(scaled), -jnp.inf)
         # z_1 >= z_2 >= ...: the support is the largest k with 1 + k z_k > z_1 + ... + z_k.
-        descending = -jnp.sort(-stop_gradient(scaled), -1)
+        descending = -jnp.sort(-ranked, -1)
         rank = jnp.arange(1, q.shape[-1] + 1, dtype=q.dtype)
         inside = 1 + rank * descending > jnp.cumsum(descending, -1)
         size = jnp.sum(inside, -1, keepdims=True)
         smallest = jnp.take_along_axis(descending, size - 1, -1)
-        support = stop_gradient(scaled) >= smallest
+        support = ranked >= smallest
         count = jnp.sum(support, -1, keepdims=True).astype(q.dtype)
         threshold = (jnp.sum(jnp.where(support, scaled, 0), -1, keepdims=True) - 1) / count
         return jnp.where(support, scaled - threshold, 0)
 
     def penalty(self, policy):
         return jnp.asarray(self.temperature, policy.dtype) / 2 * (jnp.sum(policy**2, -1) - 1)
+
+
+class Unregularized(Regularizer):
+    """The ordinary MDP: Omega = 0, Omega* = max, and all probability on the first action that attains it.
+
+    The value is differentiable, through the action that is taken (where several attain the maximum,
+    through the first: one of the one-sided derivatives). The policy is piecewise constant: `policy` has
+    derivative 0, and the policy of a `Solution` raises when it is differentiated (`bellman.read_policy`).
+    """
+
+    smooth: ClassVar[bool] = False
+
+    temperature: float = eqx.field(static=True)  # type: ignore[assignment]
+
+    def __init__(self):
+        self.temperature = 0.0
+
+    def conjugate(self, q):
+        return _maximum(q)
+
+    def policy(self, q):
+        return stop_gradient(_first_maximum(q).astype(q.dtype))
+
+    def penalty(self, policy):
+        return jnp.zeros_like(policy[..., 0])
+
+    def event_ndim(self):
+        return self
+
+    def linearized_policy(self, policy, q, value):
+        """`policy` itself; differentiating it raises InputError, or gives NaN in forward mode."""
+        del value
+        return without_derivative(policy, q)
+
+    def validate(self):
+        """Nothing to check."""
+
+
+# The derivative of jnp.max is shared among ties; the operator of the derivative of V takes one action.
+@jax.custom_jvp
+def _maximum(q: jax.Array) -> jax.Array:
+    return jnp.max(q, -1)
+
+
+@_maximum.defjvp
+def _maximum_jvp(primals, tangents):
+    (q,), (q_dot,) = primals, tangents
+    return _maximum(q), jnp.sum(jnp.where(_first_maximum(q), q_dot, 0), -1)
+
+
+def _first_maximum(q: jax.Array) -> jax.Array:
+    return jnp.arange(q.shape[-1]) == jnp.argmax(q, -1, keepdims=True)
+
+
+def _is_available(q: jax.Array) -> jax.Array:
+    return q != -jnp.inf  # so NaN is: it must show
 
 
 def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -208,4 +280,4 @@ def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _require_temperature(temperature: jax.Array) -> None:
-    require_positive("temperature", temperature, "a small one (1e-3) comes close to the unregularized problem")
+    require_positive("temperature", temperature, "for temperature 0 use bilevel_jax.Unregularized()")

@@ -14,14 +14,17 @@ def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = Non
     """The value V[S] of a policy[S, A] for the MDP's own reward, without regularization.
 
     Solves V = sum_a pi (r + discount P V). Differentiable in policy and every leaf of the MDP; batch
-    axes first, as in the MDP. NaN where the linear solve did not converge.
+    axes first, as in the MDP. NaN where the linear solve did not converge, and where a policy that is
+    not known (under jit) has probability on an action that is not available.
 
     Raises:
-      InputError: the policy's shape is not that of the reward, or an argument of another type.
+      InputError: the policy's shape is not that of the reward, it has probability on an action that is
+        not available, or an argument of another type.
     """
     require_instance("mdp", mdp, MDP)
     require_instance("adjoint", adjoint, LinearSolver | None)
     policy = as_float("policy", policy, mdp.reward.dtype, mdp.reward.shape)
+    mdp.require_available(policy)
     return _policy_value(mdp, _NoRegularizer(), policy, adjoint=adjoint)
 
 
@@ -29,8 +32,11 @@ def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = Non
 def _policy_value(mdp, regularizer, policy, *, adjoint):
     del regularizer
     solver = default_linear_solver(mdp.num_states) if adjoint is None else adjoint
-    rewards = jnp.sum(policy * mdp.reward, -1)
-    return linear_solve(solver, discounted_operator(mdp, policy), mdp.modulus, rewards, poison=True)[0]
+    allowed = policy if mdp.available is None else jnp.where(mdp.available, policy, 0)
+    rewards = jnp.sum(allowed * mdp.reward, -1)
+    if mdp.available is not None:
+        rewards = jnp.where(jnp.all(allowed == policy, -1), rewards, jnp.nan)
+    return linear_solve(solver, discounted_operator(mdp, allowed), mdp.modulus, rewards, poison=True)[0]
 
 
 class _NoRegularizer(eqx.Module):

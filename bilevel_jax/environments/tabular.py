@@ -29,8 +29,8 @@ class TabularEnvironment(Environment):
     successors; under jit all S states count as successors.
 
     Raises:
-      InputError: a discount that takes several values besides 0 (no simulator has those), or a kind of
-        transition that cannot be sampled.
+      InputError: a discount that takes several values besides 0 (no simulator has those), states with
+        fewer actions (`available`), or a kind of transition that cannot be sampled.
     """
 
     successor: jax.Array  # int32 [S A, K]
@@ -125,6 +125,11 @@ class TabularEnvironment(Environment):
 
 def flatten_contexts(mdp: MDP) -> MDP:
     """An MDP with batch axes as one MDP of all their states, by successors; see `TabularEnvironment`."""
+    if mdp.available is not None:
+        raise InputError(
+            "available: a simulator takes every action in every state, this MDP has states with fewer; let the "
+            "others do what one of the available ones does, and give available=None"
+        )
     transition: Any = mdp.transition
     if isinstance(transition, DenseTransition):
         successor, probability = _successors(transition.probability)

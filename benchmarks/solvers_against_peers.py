@@ -1,0 +1,256 @@
+"""One problem at a time: every solver of this library against those of other packages, to the same accuracy.
+
+python benchmarks/solvers_against_peers.py                      # everything that has no row yet: hours
+python benchmarks/solvers_against_peers.py --quick              # 1,000 states only, seconds a solve at most
+python benchmarks/solvers_against_peers.py --only 'garnet 10000 ' --only 'mdpsolver|ours'
+python benchmarks/solvers_against_peers.py --table              # only the table and the picture of what is there
+
+A cell is a problem (`peer_problems.py`), its size, its discount, its temperature and a method; it has a process of its
+own, and a row of benchmarks/results/solvers_against_peers.csv, written when it is done; who has one is not run again.
+`--only` keeps the cells whose row key ("garnet 10000 0.99 0 mdpsolver vi") has a match of the regular expression;
+given several times, of all of them.
+
+Accuracy: |V - V*|_inf <= 1e-6 max |V*|, V* by `peer_problems.reference`. A peer is tried at decades of its own
+tolerance from loose to tight, and its time is that of the loosest at which its true error passes. Ours are given
+the accuracy as their tolerance, once, and have to prove it. Float64; medians of 3 to 9 runs, of one run where a run
+takes more than 10 seconds. Times of ours are of `bilevel_jax.solve` called again: compiling is a column of its own.
+"""
+
+import argparse
+import csv
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import peer_problems
+from peers import PEERS, SOFT, JaxDP, quiet
+
+RESULTS = Path(__file__).parent / "results" / "solvers_against_peers.csv"
+ACCURACY = 1e-6
+DECADES = range(3, -8, -1)
+DISCOUNTS = (0.9, 0.99, 0.999)
+SIZES = {
+    "garnet": (10**3, 10**4, 10**5, 10**6),
+    "rooms": (32**2, 100**2, 316**2, 1000**2),
+    "cells": (32**2, 100**2, 316**2, 1000**2),
+}
+TEMPERATURE = 0.1  # of Shannon's entropy, in units of the reward
+FIELDS = (
+    *("problem", "states", "discount", "temperature", "method", "status", "seconds", "least", "most", "runs"),
+    *("compile_seconds", "tolerance", "relative_error", "steps", "load"),
+)
+
+
+class Cell(NamedTuple):
+    """What one row is about."""
+
+    problem: str
+    states: int
+    discount: float
+    temperature: float
+    method: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.problem} {self.states} {self.discount:g} {self.temperature:g} {self.method}"
+
+
+def cells(quick: bool) -> Iterator[Cell]:
+    """Every cell, small ones first."""
+    from ours import OURS
+
+    for place in range(1 if quick else 4):
+        for problem, sizes in SIZES.items():
+            for discount in DISCOUNTS:
+                for temperature in (0.0, TEMPERATURE):
+                    grid = problem != "garnet"
+                    ours = [name for name, entry in OURS.items() if grid or entry.form != "stencil"]
+                    for method in (*(PEERS if temperature == 0 else SOFT), *ours):
+                        yield Cell(problem, sizes[place], discount, temperature, method)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1,000 states only, at most 5 seconds a solve")
+    parser.add_argument("--only", action="append", default=[], metavar="REGEX", help="cells whose key matches")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds that one solve may take")
+    parser.add_argument("--again", action="store_true", help="run the chosen cells though they have rows")
+    parser.add_argument("--list", action="store_true", help="only print the keys of the chosen cells without a row")
+    parser.add_argument("--table", action="store_true", help="only write the table and the picture")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV file")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "bilevel_jax_references")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell is not None:
+        print(json.dumps(run(Cell(*json.loads(options.cell)), options)))
+        return
+    if not options.table:
+        chosen = [cell for cell in cells(options.quick) if all(re.search(part, cell.key) for part in options.only)]
+        if options.quick:
+            options.limit = min(options.limit, 5.0)
+        run_all(chosen, options)
+    if not options.list and options.results.exists():
+        from peer_table import write_table
+
+        write_table(options.results)
+
+
+def run_all(chosen: list[Cell], options: argparse.Namespace) -> None:
+    """Run the cells that have no row, each in a process of its own, and write each row at once."""
+    rows = read(options.results)
+    over: set[tuple] = set()
+    for cell in chosen:
+        if cell.key in rows and not options.again:
+            continue
+        if options.list:
+            print(cell.key)
+            continue
+        peer = cell.method in PEERS
+        # What takes too long takes longer yet on a larger problem of the kind.
+        same = (cell.problem, cell.discount, cell.temperature, cell.method)
+        figures = {"status": f"> {options.limit:g} s (by a smaller problem)"} if peer and same in over else None
+        load = f"{os.getloadavg()[0]:.1f}"  # of the last minute, with the last cell's own
+        rows[cell.key] = row = {**cell._asdict(), "load": load, **(figures or in_process(cell, options))}
+        if row["status"].startswith(">"):
+            over.add(same)
+        write(options.results, rows)
+        print(cell.key, {name: row[name] for name in FIELDS[5:] if row.get(name) not in (None, "")}, flush=True)
+
+
+def in_process(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    arguments = ["--cell", json.dumps(cell), "--limit", str(options.limit), "--cache", str(options.cache)]
+    # Set-up is outside the clock, but not without an end: lists of lists at 10^6 states take a minute each time.
+    whole = 10 * options.limit + 600
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "2")}
+    command = [sys.executable, __file__, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=whole, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"status": f"> {whole:g} s with its set-up"}
+    if done.returncode == -signal.SIGALRM:
+        return {"status": f"> {options.limit:g} s"}
+    if done.returncode < 0:
+        return {"status": f"ended by {signal.Signals(-done.returncode).name}"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode != 0 or not lines:
+        return {"status": "failed: " + (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
+    return json.loads(lines[-1])
+
+
+def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """One cell, in its own process."""
+    problem = peer_problems.make(cell.problem, cell.states, cell.discount, cell.temperature)
+    name = "-".join(map(str, cell[:-1])) + ".npy"
+    right = peer_problems.reference(problem, options.cache / name)
+    scale = float(np.abs(right).max())
+    target = ACCURACY * scale
+
+    def error(value: np.ndarray) -> float:
+        with np.errstate(invalid="ignore"):
+            return float(np.abs(value - right).max()) / scale
+
+    if cell.method not in PEERS:
+        from ours import OURS  # peers' processes do without jax
+
+        solve = OURS[cell.method].build(problem)
+        first, solution = timed(lambda: solve(target), options.limit + 60)  # compiling may take a while
+        taken, solution = repeat(lambda: solve(target), options.limit)
+        found = error(np.asarray(solution.value))
+        done = int(solution.result) == 0
+        status = "ok" if found <= ACCURACY and done else f"not accurate: {found:.1e}, result {int(solution.result)}"
+        return {
+            **figures(taken, target, found),
+            "status": status,
+            "compile_seconds": round(max(0.0, first - statistics.median(taken)), 4),
+            "steps": int(solution.stats.steps),
+        }
+
+    with quiet():
+        if cell.method.startswith(JaxDP.package) and cell.states > JaxDP.most_states:
+            return {"status": "too large: dense"}
+        peer = PEERS[cell.method](problem)
+        peer.warm_up()
+        found = np.inf
+        for decade in DECADES if peer.has_tolerance else (0,):
+            tolerance = target * 10.0**decade
+            peer.prepare()
+            seconds, result = timed(lambda: peer.solve(tolerance), options.limit)  # noqa: B023
+            found = error(peer.value(result))
+            if not found <= ACCURACY:
+                continue
+            taken = [seconds]
+            if seconds <= 10:
+                taken, _ = repeat(lambda: peer.solve(tolerance), options.limit, peer.prepare)  # noqa: B023
+            return {**figures(taken, tolerance, found), "status": "ok"}
+        return {"status": f"not accurate at any tolerance: {found:.1e} at the last"}
+
+
+def timed(call: Callable[[], Any], limit: float) -> tuple[float, Any]:
+    """(seconds, result). The process dies of SIGALRM after `limit` seconds: compiled code heeds nothing else."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    start = time.perf_counter()
+    result = call()
+    taken = time.perf_counter() - start
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return taken, result
+
+
+def repeat(call: Callable[[], Any], limit: float, prepare: Callable[[], None] = lambda: None) -> tuple[list, Any]:
+    """Seconds of 3 to 9 runs (of one above 10 seconds), as many as fit into about 10 seconds with what they need."""
+    taken: list[float] = []
+    start = time.perf_counter()
+    while True:
+        prepare()
+        seconds, result = timed(call, limit)
+        taken.append(seconds)
+        enough = len(taken) >= 9 or (len(taken) >= 3 and time.perf_counter() - start > 10) or seconds > 10
+        if enough:
+            return taken, result
+
+
+def figures(taken: list[float], tolerance: float, found: float) -> dict[str, Any]:
+    return {
+        "seconds": f"{statistics.median(taken):.4g}",
+        "least": f"{min(taken):.4g}",
+        "most": f"{max(taken):.4g}",
+        "runs": len(taken),
+        "tolerance": f"{tolerance:.3g}",
+        "relative_error": f"{found:.2g}",
+    }
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows there are, by their keys."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        Cell(r["problem"], int(r["states"]), float(r["discount"]), float(r["temperature"]), r["method"]).key: r
+        for r in rows
+    }
+
+
+def write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse as sparse
 from scipy.sparse.linalg import bicgstab
-from scipy.special import logsumexp
 
 ACTIONS = 4
 SUCCESSORS = 5
@@ -133,7 +132,8 @@ def sweep(matrix: sparse.csr_matrix, problem: Problem, value: np.ndarray) -> tup
     q = problem.reward.T + problem.discount * (matrix @ value).reshape(problem.actions, -1)
     if problem.temperature == 0:
         return q.max(0), q
-    return problem.temperature * logsumexp(q / problem.temperature, axis=0), q
+    top = q.max(0)
+    return top + problem.temperature * np.log(np.exp((q - top) / problem.temperature).sum(0)), q
 
 
 def bounds(problem: Problem, value: np.ndarray, backup: np.ndarray) -> tuple[np.ndarray, float]:

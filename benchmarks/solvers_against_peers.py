@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +100,8 @@ def main() -> None:
         if options.quick:
             options.limit = min(options.limit, 5.0)
         run_all(chosen, options)
+    if not (options.table or options.list):
+        write_machine(options.results.with_suffix(".json"), options.limit)
     if not options.list and options.results.exists():
         from peer_table import write_table
 
@@ -217,6 +220,16 @@ def repeat(call: Callable[[], Any], limit: float, prepare: Callable[[], None] = 
         enough = len(taken) >= 9 or (len(taken) >= 3 and time.perf_counter() - start > 10) or seconds > 10
         if enough:
             return taken, result
+
+
+def write_machine(path: Path, limit: float) -> None:
+    """What ran the cells last."""
+    import timing
+
+    machine = timing.machine()
+    packages = ("mdpsolver", "quantecon", "numba", "pymdptoolbox", "jaxdp", "scipy")
+    machine["versions"] |= {name: metadata.version(name) for name in packages}
+    path.write_text(json.dumps({"machine": machine, "accuracy": ACCURACY, "limit_seconds": limit}, indent=2) + "\n")
 
 
 def figures(taken: list[float], tolerance: float, found: float) -> dict[str, Any]:

@@ -137,6 +137,131 @@ class MDP(eqx.Module):
             is_leaf=lambda leaf: leaf is None,
         )
 
+    @classmethod
+    def from_gymnasium(cls, env: Any, discount: Any = 0.99, *, initial: Any = None) -> "MDP":
+        """The MDP of a tabular gymnasium environment (FrozenLake, Taxi, CliffWalking), by successors.
+
+        A pair that terminates with probability e gets discount (1 - e) and, as successors, those that do
+        not terminate: exact for all values and policies. Where 0 < e < 1 (slippery FrozenLake) discounts
+        differ between pairs; `with_end_state` makes a state of that. Time limits are left out.
+
+        Args:
+          env: the environment, wrapped or not, or its table P[s][a] = [(probability, next state, reward,
+            terminated), ...]. An action that a state does not list, or with an empty list, is not available.
+          discount: gymnasium has none; a number in [0, 1).
+          initial: rho[S]; None is the environment's `initial_state_distrib`, or uniform.
+
+        Raises:
+          InputError: no such table, or one whose probabilities or states are wrong.
+        """
+        from bilevel_jax.interchange import gymnasium
+
+        return gymnasium.read(env, discount, initial)
+
+    @classmethod
+    def from_mdptoolbox(cls, transition: Any, reward: Any, discount: Any, *, initial: Any = None) -> "MDP":
+        """An MDP in the order of MDPToolbox.
+
+        Args:
+          transition: P[A, S, S] (stays dense), or a list of A scipy sparse matrices [S, S] (by successors).
+          reward: [S], [S, A], or, of the next state too, [A, S, S] or A sparse matrices.
+
+        Raises:
+          InputError: shapes that disagree, or what `MDP` raises.
+        """
+        from bilevel_jax.interchange import mdptoolbox
+
+        return mdptoolbox.read(transition, reward, discount, initial)
+
+    def to_mdptoolbox(self) -> tuple[Any, np.ndarray, float]:
+        """(P, R, discount) in the order of MDPToolbox; P[A, S, S], or A CSR matrices if not dense, R[S, A].
+
+        Raises:
+          InputError: batch axes, traced values, several discounts, or states with fewer actions.
+        """
+        from bilevel_jax.interchange import mdptoolbox
+
+        return mdptoolbox.write(self)
+
+    @classmethod
+    def from_scipy(cls, matrices: Any, reward: Any, discount: Any, *, initial: Any = None) -> "MDP":
+        """An MDP of scipy sparse matrices, by successors; K is the number of entries in the fullest row.
+
+        Args:
+          matrices: a list of A matrices [S, S], or one [S A, S] with P[s, a, :] in row s A + a.
+          reward: r[S, A], -inf where the state lacks the action (its row is not read).
+
+        Raises:
+          InputError: shapes that disagree, or what `MDP` raises.
+        """
+        from bilevel_jax.interchange import scipy_csr
+
+        return scipy_csr.read(matrices, reward, discount, initial)
+
+    def to_scipy(self) -> tuple[Any, np.ndarray, float]:
+        """(CSR [S A, S], r[S, A], discount) as `from_scipy` takes them; `matrix[a::A]` is that of action a.
+
+        Raises:
+          InputError: batch axes, traced values, or several discounts.
+        """
+        from bilevel_jax.interchange import scipy_csr
+
+        return scipy_csr.write(self)
+
+    @classmethod
+    def from_quantecon(
+        cls,
+        reward: Any,
+        transition: Any = None,
+        discount: Any = None,
+        s_indices: Any = None,
+        a_indices: Any = None,
+        *,
+        initial: Any = None,
+    ) -> "MDP":
+        """The MDP of a QuantEcon `DiscreteDP`, or of its arguments; dense if its transition is.
+
+        Args:
+          reward: a `DiscreteDP`; or R[S, A], -inf where the state lacks the action; or R[L] of pairs.
+          transition: Q[S, A, S]; or of pairs [L, S], an array or a scipy sparse matrix.
+          discount: a number (`beta`).
+          s_indices, a_indices: state and action of each pair, int[L]; other pairs are not available.
+
+        Raises:
+          InputError: shapes or indices that disagree, a pair that stands twice, or what `MDP` raises.
+        """
+        from bilevel_jax.interchange import quantecon
+
+        return quantecon.read(reward, transition, discount, s_indices, a_indices, initial)
+
+    def to_quantecon(self) -> tuple[Any, ...]:
+        """The arguments of `DiscreteDP`: (R, Q, beta) if dense, else (R, Q, beta, s_indices, a_indices).
+
+        Raises:
+          InputError: batch axes, traced values, or several discounts.
+        """
+        from bilevel_jax.interchange import quantecon
+
+        return quantecon.write(self)
+
+    def with_end_state(self, *, one_action: bool = True) -> "MDP":
+        """The same process with one discount for all pairs and one more state, the last, in which it has ended.
+
+        A discount[s, a] below the largest, d, is an end with probability 1 - discount[s, a] / d: that mass
+        goes to the last state, which pays nothing for ever. Values, action values and policies of the
+        other states stay the same. By successors; `initial` is 0 at the end.
+
+        Args:
+          one_action: the end has action 0 alone, which is right for Shannon and Tsallis entropy (more
+            actions would earn entropy). False gives it all of them, for solvers without masks.
+
+        Raises:
+          InputError: batch axes, traced values, or a transition that has no entries.
+        """
+        from bilevel_jax.interchange import common
+
+        return common.with_end_state(self, one_action)
+
     def require_available(self, policy: jax.Array) -> None:
         """Raise InputError where a policy[S, A] that is known has probability on an action that is not available."""
         if self.available is None or not is_known(policy, self.available):

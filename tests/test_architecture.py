@@ -23,7 +23,7 @@ LAYERS = [
     {"errors"},
     {"results", "validation", "batching", "derivatives"},
     {"transitions", "functions"},
-    {"mdp"},
+    {"mdp", "interchange"},
     {"regularizers", "environments"},
     {"bellman", "preferences"},
     {"adjoint"},

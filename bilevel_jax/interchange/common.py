@@ -1,0 +1,157 @@
+"""What the forms share: a process as a sparse matrix of pairs, rewards of -inf, one discount.
+
+`rows` is a scipy CSR matrix [S A, S], P[s, a, :] in row s A + a.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from scipy import sparse
+
+from bilevel_jax.errors import InputError
+from bilevel_jax.mdp import MDP
+from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
+from bilevel_jax.validation import is_known
+
+
+def as_numbers(name: str, value: Any) -> np.ndarray:
+    """`value` as a numpy array of floats. Raises InputError."""
+    try:
+        array = np.asarray(value)
+        return array if np.issubdtype(array.dtype, np.floating) else array.astype(float)
+    except (TypeError, ValueError, jax.errors.TracerArrayConversionError) as error:
+        raise InputError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
+
+
+def as_matrix(name: str, value: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """`value`, sparse or not, as a CSR matrix of floats with sorted rows. Raises InputError."""
+    if not sparse.issparse(value):
+        value = as_numbers(name, value)
+        if value.ndim != 2:
+            raise InputError(f"{name}: expected a matrix, got shape {list(value.shape)}")
+    matrix: Any = sparse.csr_array(value)
+    if not np.issubdtype(matrix.dtype, np.floating):
+        matrix = matrix.astype(float)
+    if shape is not None and matrix.shape != shape:
+        raise InputError(f"{name}: expected shape {list(shape)}, got {list(matrix.shape)}")
+    matrix = matrix.copy()
+    matrix.sum_duplicates()
+    matrix.eliminate_zeros()
+    return matrix
+
+
+def successors(rows: Any, actions: int, available: np.ndarray | None = None) -> SuccessorTransition:
+    """`rows` as successor lists [K, S, A], K the entries of the fullest row; what is unavailable stays where it is."""
+    pairs, states = rows.shape
+    counts = np.diff(rows.indptr)
+    slots = max(1, int(counts.max(initial=1)))
+    own = np.arange(pairs, dtype=np.int32) // actions
+    successor = np.tile(own, (slots, 1))
+    probability = np.zeros((slots, pairs), rows.dtype)
+    pair = np.repeat(np.arange(pairs), counts)
+    slot = np.arange(rows.nnz) - rows.indptr[:-1][pair]
+    successor[slot, pair], probability[slot, pair] = rows.indices, rows.data
+    if available is not None:
+        out = ~available.reshape(-1)
+        successor[:, out], probability[:, out] = own[out], 0
+        probability[0, out] = 1
+    shape = (slots, states, actions)
+    return SuccessorTransition(successor.reshape(shape), probability.reshape(shape))
+
+
+def dense(probability: np.ndarray, available: np.ndarray | None = None) -> DenseTransition:
+    """P[S, A, S]; what is unavailable stays where it is."""
+    if available is not None:
+        states = len(probability)
+        stay = np.broadcast_to(np.eye(states)[:, None], probability.shape)
+        probability = np.where(available[..., None], probability, stay).astype(probability.dtype)
+    return DenseTransition(probability)
+
+
+def split_reward(reward: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(rewards [S, A], `available` or None) of rewards that are -inf where a state lacks the action."""
+    available = reward != -np.inf
+    return (reward, None) if available.all() else (np.where(available, reward, 0), available)
+
+
+def joined_reward(mdp: MDP) -> np.ndarray:
+    """r[S, A], -inf where the action is not available."""
+    reward = np.asarray(mdp.reward)
+    return reward if mdp.available is None else np.where(np.asarray(mdp.available), reward, -np.inf)
+
+
+def require_exportable(mdp: MDP) -> None:
+    """Raise InputError for MDPs with batch axes and for traced ones."""
+    if mdp.batch_shape:
+        raise InputError(f"mdp: has batch axes {list(mdp.batch_shape)}; export one MDP at a time")
+    if not is_known(*jax.tree.leaves(mdp)):
+        raise InputError("mdp: holds traced values; export it outside jit and vmap")
+
+
+def rows_of(transition: Transition) -> Any:
+    """The rows [S A, S] of one transition, unused successors left out. Raises InputError for a kind without entries."""
+    convert = getattr(transition, "to_successors", None)
+    if convert is not None:
+        transition = convert()
+    states, actions = transition.shape
+    if isinstance(transition, DenseTransition):
+        return as_matrix("transition", np.asarray(transition.probability).reshape(states * actions, states))
+    if isinstance(transition, SuccessorTransition):
+        successor, probability = np.asarray(transition.successor), np.asarray(transition.probability)
+        pair = np.broadcast_to(np.arange(states * actions).reshape(states, actions), successor.shape)
+        entries = (probability.ravel(), (pair.ravel(), successor.ravel()))
+        return as_matrix("transition", sparse.coo_array(entries, shape=(states * actions, states)))
+    raise InputError(
+        f"transition: {type(transition).__name__} cannot be exported; give a DenseTransition or a SuccessorTransition"
+    )
+
+
+def by_action(matrix: Any, actions: int) -> list[Any]:
+    """Rows [S A, S] as A matrices [S, S]."""
+    return [matrix[action::actions] for action in range(actions)]
+
+
+def by_pair(matrices: list[Any]) -> Any:
+    """A matrices [S, S] as rows [S A, S]."""
+    actions, states = len(matrices), matrices[0].shape[0]
+    order = np.arange(actions * states).reshape(actions, states).T.ravel()
+    return as_matrix("transition", sparse.csr_array(sparse.vstack(matrices))[order])
+
+
+def the_discount(mdp: MDP) -> float:
+    """The discount of an MDP that has one. Raises InputError."""
+    discount = np.asarray(mdp.discount)
+    used = discount if discount.ndim == 0 or mdp.available is None else discount[np.asarray(mdp.available)]
+    values = np.unique(used)
+    if values.size > 1:
+        raise InputError(
+            f"discount: this form has one discount, the MDP has {values.size}, from {values[0]:g} to "
+            f"{values[-1]:g}; export mdp.with_end_state()"
+        )
+    return float(values[0])
+
+
+def with_end_state(mdp: MDP, one_action: bool) -> MDP:
+    """See `MDP.with_end_state`."""
+    require_exportable(mdp)
+    states, actions = mdp.num_states, mdp.num_actions
+    available = np.ones((states, actions), bool) if mdp.available is None else np.asarray(mdp.available)
+    discount = np.broadcast_to(np.asarray(mdp.discount), (states, actions))
+    largest = np.asarray(mdp.modulus)
+    going = np.ones_like(discount) if largest == 0 else np.where(available, discount / np.maximum(largest, 1e-300), 1)
+    going = going.reshape(-1)
+    inside = sparse.diags_array(going) @ rows_of(mdp.transition)
+    ending = sparse.csr_array((1 - going)[:, None])
+    end = sparse.csr_array((np.ones(actions), np.full(actions, states), np.arange(actions + 1)), (actions, states + 1))
+    rows = as_matrix("transition", sparse.vstack([sparse.hstack([inside, ending]), end]))
+    last = np.arange(actions)[None] == 0 if one_action else np.ones((1, actions), bool)
+    mask = np.concatenate([available, last])
+    kept = None if mask.all() else mask
+    return MDP(
+        successors(rows, actions, kept),
+        np.concatenate([np.asarray(mdp.reward), np.zeros((1, actions), mdp.reward.dtype)]),
+        largest,
+        np.append(np.asarray(mdp.initial), np.zeros((), mdp.reward.dtype)),
+        kept,
+    )

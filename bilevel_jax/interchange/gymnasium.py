@@ -1,0 +1,81 @@
+"""Gymnasium's tabular environments: P[s][a] = [(probability, next state, reward, terminated), ...]."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from bilevel_jax.errors import InputError
+from bilevel_jax.interchange.common import as_matrix, as_numbers, successors
+from bilevel_jax.mdp import MDP
+
+
+def read(env: Any, discount: Any, initial: Any) -> MDP:
+    """See `MDP.from_gymnasium`.
+
+    With probability e of terminating and d the discount, Q = r + d (1 - e) E[V(s') | not terminated]: a
+    pair gets the discount d (1 - e) and the successors that do not terminate, by their probability given
+    that. This is exact for every regularizer, whatever the table says of the terminal states themselves.
+    """
+    inner = getattr(env, "unwrapped", env)
+    table = inner if isinstance(inner, Mapping) else getattr(inner, "P", None)
+    if not isinstance(table, Mapping | list | tuple) or len(table) == 0:
+        raise InputError(
+            f"env: expected a tabular gymnasium environment, with a table `P` (FrozenLake, Taxi, CliffWalking), or "
+            f"that table, got {type(inner).__name__}"
+        )
+    states = len(table)
+    choices = [_choices(table, state) for state in range(states)]
+    actions = 1 + max((action for mine in choices for action in mine), default=-1)
+    reward = np.zeros((states, max(actions, 1)))
+    goes, available = np.ones_like(reward), np.zeros(reward.shape, bool)
+    pair, following, chance = [], [], []
+    for state, mine in enumerate(choices):
+        for action, outcomes in mine.items():
+            kept = _kept(outcomes, state, action, states)
+            if not kept:  # an empty list: the action does not exist here
+                continue
+            total = sum(p for p, *_ in kept)
+            going = sum(p for p, _, _, terminated in kept if not terminated)
+            available[state, action] = True
+            reward[state, action] = sum(p * r for p, _, r, _ in kept)
+            goes[state, action] = going / total
+            onward = [(p / going, s) for p, s, _, terminated in kept if not terminated] or [(1.0, state)]
+            pair += [state * reward.shape[1] + action] * len(onward)
+            chance += [p for p, _ in onward]
+            following += [s for _, s in onward]
+    shape = (reward.size, states)
+    rows = as_matrix("P", sparse.coo_array((np.array(chance, float), (pair, following)), shape=shape))
+    mask = None if available.all() else available
+    if initial is None:
+        initial = getattr(inner, "initial_state_distrib", None)
+    if (goes < 1).any():
+        discount = as_numbers("discount", discount) * goes
+    kernel = successors(rows, reward.shape[1], mask)
+    return MDP(kernel, reward, discount, initial, mask)
+
+
+def _choices(table: Any, state: int) -> dict[int, Any]:
+    """{action: outcomes} of a state."""
+    try:
+        mine = table[state]
+    except (KeyError, IndexError):
+        raise InputError(f"env: P has {len(table)} states and none with the index {state}; use 0 to S - 1") from None
+    return dict(mine if isinstance(mine, Mapping) else enumerate(mine))
+
+
+def _kept(outcomes: Any, state: int, action: int, states: int) -> list[tuple[float, int, float, bool]]:
+    """The outcomes of a pair, checked, without those of probability 0."""
+    where = f"env: P[{state}][{action}]"
+    try:
+        listed = [(float(p), int(s), float(r), bool(terminated)) for p, s, r, terminated in outcomes]
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: expected a list of (probability, next state, reward, terminated)") from None
+    for p, s, _, _ in listed:
+        if not 0 <= s < states or not p >= 0:
+            raise InputError(f"{where}: probability {p:g} of state {s}; there are states 0 to {states - 1}")
+    total = sum(p for p, *_ in listed)
+    if listed and not abs(total - 1) <= 1e-6:
+        raise InputError(f"{where}: probabilities sum to {total:.9g}, not 1")
+    return [outcome for outcome in listed if outcome[0] > 0]

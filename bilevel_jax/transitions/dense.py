@@ -25,9 +25,15 @@ class DenseOperator(StateOperator):
     def matrix(self):
         return self.entries
 
+    def diagonal(self):
+        return jnp.diagonal(self.entries)
+
 
 class DenseTransition(Transition):
     """Probabilities as one array P[S, A, S]; rows (last axis) sum to 1.
+
+    Shared by a vmapped batch of B values, a product is one of [S A, S] with [S, B], at the speed of a
+    matrix product (docs/performance.md).
 
     Raises:
       InputError: wrong number of axes, first and last axis differ, no action, negative entries, or
@@ -54,6 +60,10 @@ class DenseTransition(Transition):
     def dtype(self):
         return self.probability.dtype
 
+    @property
+    def terms(self):
+        return self.probability.shape[-1]
+
     def astype(self, dtype):
         return eqx.tree_at(lambda t: t.probability, self, self.probability.astype(dtype))
 
@@ -65,11 +75,25 @@ class DenseTransition(Transition):
             "transition", self.probability, -1, "divide each row by its sum: P / P.sum(-1, keepdims=True)"
         )
 
+    # Both products are flat, [S A, S] with a vector: under vmap with a shared kernel XLA then sees one
+    # matrix product of two 2-D operands, without a transposed copy of P.
+
     def expect(self, values):
-        return self.probability @ values
+        return (self._rows() @ values).reshape(self.probability.shape[:-1])
 
     def push(self, masses):
-        return jnp.tensordot(masses, self.probability, 2)
+        return masses.reshape(-1) @ self._rows()
 
     def under(self, weights):
         return DenseOperator(jnp.einsum("sa,saj->sj", weights, self.probability))
+
+    def diagonal(self):
+        return jnp.diagonal(self.probability, axis1=0, axis2=2).T
+
+    def select(self, action, weight):
+        states = jnp.arange(self.probability.shape[0])
+        rows = self.probability.at[states, action].get(mode="promise_in_bounds")
+        return DenseOperator(weight[:, None] * rows)
+
+    def _rows(self) -> jax.Array:
+        return self.probability.reshape(-1, self.probability.shape[-1])

@@ -12,6 +12,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from bilevel_jax.reductions import sum_last
+
 
 class StateOperator(eqx.Module):
     """A linear map from functions of the state to functions of the state, M [S, S], by its action."""
@@ -27,6 +29,10 @@ class StateOperator(eqx.Module):
     @abc.abstractmethod
     def matrix(self) -> jax.Array:
         """M itself, [S, S]."""
+
+    @abc.abstractmethod
+    def diagonal(self) -> jax.Array:
+        """M[s, s], [S]."""
 
     def fold(self) -> "StateOperator":
         """The same map, made ready for many products."""
@@ -52,6 +58,9 @@ class TransposedOperator(StateOperator):
     def matrix(self):
         return self.operator.matrix().T
 
+    def diagonal(self):
+        return self.operator.diagonal()
+
     def fold(self):
         return TransposedOperator(self.operator.fold())
 
@@ -72,6 +81,11 @@ class Transition(eqx.Module):
     @abc.abstractmethod
     def dtype(self) -> Any:
         """Of the probabilities."""
+
+    @property
+    @abc.abstractmethod
+    def terms(self) -> int:
+        """The most summands of an expectation; its rounding error is at most `terms` units in the last place."""
 
     @abc.abstractmethod
     def astype(self, dtype: Any) -> "Transition":
@@ -97,21 +111,38 @@ class Transition(eqx.Module):
     def under(self, weights: jax.Array) -> StateOperator:
         """M[s, s'] = sum_a weights[s, a] P[s, a, s'], folded once so that many products are cheap."""
 
+    @abc.abstractmethod
+    def diagonal(self) -> jax.Array:
+        """P[s, a, s], the probability to stay: [S, A]."""
+
+    def select(self, action: jax.Array, weight: jax.Array) -> StateOperator:
+        """M[s, s'] = weight[s] P[s, action[s], s'] for action int[S] and weight[S]: `under` a deterministic policy."""
+        chosen = jnp.arange(self.shape[-1]) == action[:, None]
+        return self.under(jnp.where(chosen, weight[:, None], 0))
+
 
 class PolicyOperator(StateOperator):
-    """M[s, s'] = sum_a weights[s, a] P[s, a, s'], by the transition's own products until it is folded."""
+    """M[s, s'] = sum_a weights[s, a] P[s, a, s'], by the transition's own products until it is folded.
+
+    Folded it is cheaper a product, and under vmap it is one operator a batch element: where a dense
+    transition is shared by a batch of policies that is a batch of [S, S], while the products of this
+    form are one matrix product for all of them.
+    """
 
     transition: Transition
     weights: jax.Array
 
     def apply(self, values):
-        return jnp.sum(self.weights * self.transition.expect(values), -1)
+        return sum_last(self.weights * self.transition.expect(values))
 
     def apply_transpose(self, masses):
         return self.transition.push(self.weights * masses[:, None])
 
     def matrix(self):
         return self.fold().matrix()
+
+    def diagonal(self):
+        return sum_last(self.weights * self.transition.diagonal())
 
     def fold(self):
         return self.transition.under(self.weights)

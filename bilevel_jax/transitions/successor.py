@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.reductions import sum_last, sum_slots
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.validation import as_array, as_float, require_distribution, require_index
 
@@ -18,7 +19,7 @@ class SuccessorOperator(StateOperator):
     weight: jax.Array
 
     def apply(self, values):
-        return jnp.sum(self.weight * _gather(values, self.successor), (0, 2))
+        return sum_last(_expect(self.successor, self.weight, values))
 
     def apply_transpose(self, masses):
         return _scatter(self.weight * masses[:, None], self.successor, masses.shape[0])
@@ -27,6 +28,9 @@ class SuccessorOperator(StateOperator):
         size = self.weight.shape[1]
         rows = jnp.broadcast_to(jnp.arange(size)[:, None], self.weight.shape)
         return jnp.zeros((size, size), self.weight.dtype).at[rows, self.successor].add(self.weight)
+
+    def diagonal(self):
+        return sum_last(_stay(self.successor, self.weight))
 
 
 class SuccessorTransition(Transition):
@@ -68,6 +72,10 @@ class SuccessorTransition(Transition):
     def dtype(self):
         return self.probability.dtype
 
+    @property
+    def terms(self):
+        return self.probability.shape[-3]
+
     def astype(self, dtype):
         return eqx.tree_at(lambda t: t.probability, self, self.probability.astype(dtype))
 
@@ -80,13 +88,36 @@ class SuccessorTransition(Transition):
         )
 
     def expect(self, values):
-        return jnp.sum(self.probability * _gather(values, self.successor), 0)
+        return _expect(self.successor, self.probability, values)
 
     def push(self, masses):
         return _scatter(self.probability * masses, self.successor, masses.shape[0])
 
     def under(self, weights):
         return SuccessorOperator(self.successor, self.probability * weights)
+
+    def diagonal(self):
+        return _stay(self.successor, self.probability)
+
+    def select(self, action, weight):
+        # The chosen rows only, [K, S, 1]: a product then costs K gathers a state, not K A.
+        slots, states, actions = self.successor.shape
+        pair = jnp.arange(states, dtype=jnp.int32) * actions + action.astype(jnp.int32)
+        rows = [
+            jnp.stack([_gather(array[k].reshape(-1), pair) for k in range(slots)])[..., None]
+            for array in (self.successor, self.probability)
+        ]
+        return SuccessorOperator(rows[0], rows[1] * weight[:, None])
+
+
+def _expect(successor: jax.Array, weight: jax.Array, values: jax.Array) -> jax.Array:
+    """sum_k weight[k] values[successor[k]], [S, A]: one gather a slot, several times faster than one of all slots."""
+    return sum_slots(lambda index, w: w * _gather(values, index), successor, weight)
+
+
+def _stay(successor: jax.Array, weight: jax.Array) -> jax.Array:
+    own = jnp.arange(successor.shape[-2], dtype=successor.dtype)[:, None]
+    return sum_slots(lambda index, w: jnp.where(index == own, w, 0), successor, weight)
 
 
 def _gather(values: jax.Array, index: jax.Array) -> jax.Array:

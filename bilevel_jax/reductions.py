@@ -1,0 +1,44 @@
+"""Sums and maxima over a short last axis, as the actions are.
+
+XLA's CPU reduces an innermost axis of a few entries one number at a time, and fuses what it reduces into
+that loop: at S = 10^6, A = 4 a maximum over gathered action values took 60 to 100 ms where the same
+maximum of A slices took 5 to 20 (docs/performance.md).
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Above this, a reduction is long enough for the compiler's own.
+UNROLLED = 16
+
+
+def sum_last(x: jax.Array) -> jax.Array:
+    """The sum over the last axis."""
+    return _reduce(x, operator.add, jnp.sum)
+
+
+def max_last(x: jax.Array) -> jax.Array:
+    """The maximum over the last axis; NaN where there is one."""
+    return _reduce(x, jnp.maximum, jnp.max)
+
+
+def sum_slots(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """sum_k term(array_0[k], array_1[k], ...): the first axis taken apart, by a loop where it is long."""
+    slots = arrays[0].shape[0]
+    if slots <= UNROLLED:
+        terms = [term(*(array[k] for array in arrays)) for k in range(slots)]
+        return functools.reduce(operator.add, terms)
+    first = term(*(array[0] for array in arrays))
+    return lax.scan(lambda total, rest: (total + term(*rest), None), first, tuple(a[1:] for a in arrays))[0]
+
+
+def _reduce(x: jax.Array, combine: Callable, whole: Callable) -> jax.Array:
+    length = x.shape[-1]
+    if not 0 < length <= UNROLLED:
+        return whole(x, -1)
+    return functools.reduce(combine, (lax.index_in_dim(x, a, -1, keepdims=False) for a in range(length)))

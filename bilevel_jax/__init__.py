@@ -2,12 +2,22 @@
 
 from bilevel_jax import agents, algorithms, environments, estimators, preferences, problems
 from bilevel_jax.adjoint import GMRES, Descent, Direct, LinearSolver, LinearStats, Neumann
+from bilevel_jax.average_reward import (
+    AverageRewardSolution,
+    AverageRewardSolver,
+    AverageRewardStats,
+    RelativePolicyIteration,
+    RelativeValueIteration,
+    solve_average_reward,
+)
 from bilevel_jax.errors import ConvergenceError, InputError
 from bilevel_jax.estimators import SampledBilevelProblem, SampledProblem
 from bilevel_jax.evaluation import policy_value
+from bilevel_jax.finite_horizon import FiniteHorizonSolution, finite_horizon_occupancy, solve_finite_horizon
 from bilevel_jax.functions import Linear, Table
 from bilevel_jax.hypergradient import BilevelProblem, Hypergradient, Implicit, Problem, hypergradient
 from bilevel_jax.mdp import MDP
+from bilevel_jax.occupancy import occupancy, regularized_policy_value, stationary_distribution
 from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy, TsallisEntropy, Unregularized
 from bilevel_jax.results import MESSAGES, Result, check
 from bilevel_jax.solvers import PolicyIteration, Solution, Solver, SolveStats, ValueIteration, solve
@@ -17,11 +27,15 @@ __all__ = [
     "GMRES",
     "MDP",
     "MESSAGES",
+    "AverageRewardSolution",
+    "AverageRewardSolver",
+    "AverageRewardStats",
     "BilevelProblem",
     "ConvergenceError",
     "DenseTransition",
     "Descent",
     "Direct",
+    "FiniteHorizonSolution",
     "Hypergradient",
     "Implicit",
     "InputError",
@@ -33,6 +47,8 @@ __all__ = [
     "PolicyIteration",
     "Problem",
     "Regularizer",
+    "RelativePolicyIteration",
+    "RelativeValueIteration",
     "Result",
     "SampledBilevelProblem",
     "SampledProblem",
@@ -51,9 +67,15 @@ __all__ = [
     "check",
     "environments",
     "estimators",
+    "finite_horizon_occupancy",
     "hypergradient",
+    "occupancy",
     "policy_value",
     "preferences",
     "problems",
+    "regularized_policy_value",
     "solve",
+    "solve_average_reward",
+    "solve_finite_horizon",
+    "stationary_distribution",
 ]

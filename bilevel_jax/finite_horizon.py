@@ -1,0 +1,251 @@
+"""Finite horizons: backward induction, and where a policy is at each time."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from bilevel_jax.bellman import action_values, check_compatible, read_policy
+from bilevel_jax.errors import InputError
+from bilevel_jax.mdp import MDP
+from bilevel_jax.regularizers import Regularizer, Unregularized
+from bilevel_jax.results import Outcome, Result
+from bilevel_jax.validation import as_float, is_known, require_finite, require_instance
+
+# What one sweep may add to the error of a value, in units in the last place of the largest |r| + |V|.
+ROUNDING_ULPS = 16
+
+
+class FiniteHorizonSolution(eqx.Module):
+    """An MDP solved over H steps; batch axes first, then time.
+
+    `value` [H + 1, S] with h steps done at index h, the last row being the terminal value; `q` [H, S, A] and
+    `policy` [H, S, A]: q[h] = r + discount P value[h + 1], value[h] = Omega*(q[h]), policy[h] = grad Omega*(q[h]).
+    `result` is a `Result` code: CONVERGED or NOT_FINITE, since nothing is iterated. `error_bound` on
+    |value - its exact value| is the usual allowance for rounding, 16 units in the last place of the largest
+    |r| + |V| a step.
+    """
+
+    value: jax.Array
+    q: jax.Array
+    policy: jax.Array
+    result: jax.Array
+    error_bound: jax.Array
+
+    def outcomes(self) -> tuple[Outcome, ...]:
+        return (Outcome("solve_finite_horizon", self.result, self.error_bound),)
+
+
+def solve_finite_horizon(
+    mdp: MDP,
+    regularizer: Regularizer,
+    horizon: int | None = None,
+    *,
+    time_varying: bool = False,
+    discount: Any = None,
+    terminal_value: Any = None,
+) -> FiniteHorizonSolution:
+    """Backward induction: value[H] = terminal_value, value[h] = Omega*(r + discount P value[h + 1]).
+
+    Puterman 1994, section 4.5, with the maximum replaced by Omega*. Differentiable in every floating-point
+    leaf of `mdp` and `regularizer`, in `discount` and in `terminal_value`, in any order and mode, by
+    differentiating the recursion; reverse mode keeps q [H, S, A] and computes the rest again.
+
+    Args:
+      mdp: the process. Without `time_varying` it is the same at every step, and its batch axes are batches.
+        With it, its last batch axis is time: reward [..., H, S, A], a transition of [..., H, S, A, S]
+        ([..., H, K, S, A] by successors) or [S, A, S] for all times, discount [..., H] or [..., H, S, A] or a
+        number, available [..., H, S, A] or [S, A].
+      regularizer: each array with the batch axes of the MDP, time included, or the last of them (e.g. [H]
+        temperatures for all problems of a batch), or none.
+      horizon: H, an integer of at least 1 (static). With `time_varying` None, or the length of that axis.
+      time_varying: see mdp.
+      discount: instead of the MDP's, which must be below 1; here 1 is fine. A number, or as in an MDP.
+      terminal_value: what being in a state after the last step is worth, [S] or with batch axes (without
+        time); None is 0.
+
+    Returns:
+      `FiniteHorizonSolution`.
+
+    Raises:
+      InputError: shapes that disagree, no horizon, a discount outside [0, 1], or an argument of another type.
+    """
+    require_instance("regularizer", regularizer, Regularizer)
+    mdp, horizon, batch = _problem(mdp, horizon, time_varying, discount)
+    check_compatible(mdp, regularizer)
+    terminal = _terminal_value(terminal_value, mdp, batch)
+    return _solve(mdp, regularizer, terminal, horizon=horizon, time_axes=int(time_varying))
+
+
+def finite_horizon_occupancy(
+    mdp: MDP, policy: jax.Array, *, time_varying: bool = False, discount: Any = None
+) -> jax.Array:
+    """Where a policy[H, S, A] is at each time: d[H, S, A], from the initial distribution.
+
+    d[h, s, a] = E[(product of the discounts before h) 1{s_h = s, a_h = a}], so that <d, r> plus what the
+    terminal value adds is initial' value[0] of that policy. With `discount=1` these are probabilities, and
+    each d[h] sums to 1; with the MDP's own discount, 0 where the process ends, they count it out after that.
+
+    Differentiable in policy and every floating-point leaf of the MDP. Batch axes first, then time.
+
+    Args:
+      mdp: as in `solve_finite_horizon`; of a time-varying one, the initial distribution is that at time 0.
+      policy: [..., H, S, A], with batch axes as the MDP's; probabilities on actions that are not available
+        are an error where they are known, and NaN where not.
+      time_varying, discount: as in `solve_finite_horizon`.
+
+    Raises:
+      InputError: as `solve_finite_horizon`, or a policy of another shape.
+    """
+    policy = as_float("policy", policy, getattr(getattr(mdp, "reward", None), "dtype", None))
+    if policy.ndim < 3 or policy.shape[-3] == 0:
+        raise InputError(f"policy: expected shape [H, S, A] (batch axes first), got {list(policy.shape)}")
+    mdp, _, batch = _problem(mdp, policy.shape[-3], time_varying, discount)
+    expected = (*batch, policy.shape[-3], mdp.num_states, mdp.num_actions)
+    if policy.shape != expected:
+        raise InputError(f"policy: expected shape {list(expected)}, got {list(policy.shape)}")
+    if mdp.available is not None and is_known(policy, mdp.available):
+        shared = mdp.available.ndim == 2 or time_varying
+        mask = mdp.available if shared else mdp.available[..., None, :, :]
+        eqx.tree_at(lambda m: m.available, mdp, jnp.broadcast_to(mask, expected)).require_available(policy)
+    return _occupancy(mdp, Unregularized(), policy, time_axes=int(time_varying))
+
+
+def _problem(mdp: MDP, horizon: Any, time_varying: bool, discount: Any) -> tuple[MDP, int, tuple[int, ...]]:
+    """The MDP with its discount exchanged, H, and the batch axes without time."""
+    require_instance("mdp", mdp, MDP)
+    require_instance("time_varying", time_varying, bool)
+    batch = mdp.batch_shape
+    if time_varying:
+        if not batch:
+            raise InputError(
+                f"mdp: time_varying=True needs time as the last batch axis, reward [H, S, A]; got reward "
+                f"{list(mdp.reward.shape)}"
+            )
+        horizon = batch[-1] if horizon is None else horizon
+        if horizon != batch[-1]:
+            raise InputError(
+                f"horizon: {horizon!r} disagrees with the MDP's time axis of {batch[-1]} (batch axes {list(batch)}); "
+                f"leave it out"
+            )
+    if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
+        raise InputError(f"horizon: expected an integer of at least 1, got {horizon!r}; it is a static size")
+    if discount is not None:
+        mdp = eqx.tree_at(lambda m: m.discount, mdp, _discount(discount, mdp))
+    return mdp, horizon, batch[:-1] if time_varying else batch
+
+
+def _discount(discount: Any, mdp: MDP) -> jax.Array:
+    array = as_float("discount", discount, mdp.reward.dtype)
+    batch, event = mdp.batch_shape, mdp.reward.shape[-2:]
+    if is_known(array):
+        require_finite("discount", array)
+        if bool(jnp.any((array < 0) | (array > 1))):
+            worst = jnp.max(array) if bool(jnp.any(array > 1)) else jnp.min(array)
+            raise InputError(f"discount: must be in 0 to 1, got {float(worst):g}; 1 is fine over a finite horizon")
+    for own, target in ((batch, batch), (batch + event, batch + event), ((), batch), (event, batch + event)):
+        if array.shape == own:
+            return jnp.broadcast_to(array, target)
+    raise InputError(
+        f"discount: expected a number, or shape [S, A] = {list(event)} (batch axes {list(batch)} first), got "
+        f"{list(array.shape)}"
+    )
+
+
+def _terminal_value(value: Any, mdp: MDP, batch: tuple[int, ...]) -> jax.Array:
+    array = jnp.zeros((mdp.num_states,)) if value is None else value
+    array = as_float("terminal_value", array, mdp.reward.dtype)
+    if array.shape not in ((mdp.num_states,), (*batch, mdp.num_states)):
+        raise InputError(
+            f"terminal_value: expected shape [S] = [{mdp.num_states}] (batch axes {list(batch)} first, or none), got "
+            f"{list(array.shape)}"
+        )
+    require_finite("terminal_value", array)
+    return jnp.broadcast_to(array, (*batch, mdp.num_states))
+
+
+def _over_problems(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`mdp.over_batch` for functions whose one problem may keep its last batch axis, time."""
+
+    def mapped(mdp, regularizer, *arrays, time_axes, **shared):
+        depth = len(mdp.batch_shape)
+        if depth == time_axes:
+            return function(mdp, regularizer, *arrays, time_axes=time_axes, **shared)
+
+        def axis(leaf, event_ndim):
+            return 0 if jnp.ndim(leaf) - event_ndim == depth else None
+
+        axes = [jax.tree.map(axis, tree, tree.event_ndim()) for tree in (mdp, regularizer)]
+        axes += [0 for _ in arrays]
+
+        def one(mdp, regularizer, *arrays):
+            return mapped(mdp, regularizer, *arrays, time_axes=time_axes, **shared)
+
+        return jax.vmap(one, in_axes=tuple(axes))(mdp, regularizer, *arrays)
+
+    return mapped
+
+
+def _split(tree: Any, time_axes: int) -> tuple[Any, Any]:
+    """The leaves with a time axis, for `lax.scan`, and the others."""
+    moving = jax.tree.map(lambda leaf, event_ndim: bool(jnp.ndim(leaf) - event_ndim), tree, tree.event_ndim())
+    return eqx.partition(tree, moving if time_axes else False)
+
+
+@functools.partial(jax.jit, static_argnames=("horizon", "time_axes"))
+def _solve(mdp, regularizer, terminal, *, horizon, time_axes):
+    return _solve_one(mdp, regularizer, terminal, horizon=horizon, time_axes=time_axes)
+
+
+@_over_problems
+def _solve_one(mdp, regularizer, terminal, *, horizon, time_axes):
+    (mdp_at, mdp_rest), (regularizer_at, regularizer_rest) = _split(mdp, time_axes), _split(regularizer, time_axes)
+
+    # Of what a step computes, reverse mode keeps q. Otherwise it would keep E[V | s, a] a successor too,
+    # [H, K, S, A], and several arrays that are cheap to make from q.
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("q"))
+    def step(rest, value, now):
+        mdp, regularizer = eqx.combine(now, rest)
+        q = checkpoint_name(action_values(mdp, value), "q")
+        value = regularizer.conjugate(q)
+        return value, (value, q, read_policy(regularizer, q))
+
+    rest = (mdp_rest, regularizer_rest)
+    _, (values, q, policy) = lax.scan(
+        functools.partial(step, rest), terminal, (mdp_at, regularizer_at), length=horizon, reverse=True
+    )
+    value = jnp.concatenate([values, terminal[None]])
+    actions = jnp.where(True if mdp.available is None else mdp.available, q, 0)
+    finite = jnp.all(jnp.isfinite(value)) & jnp.all(jnp.isfinite(actions))
+    result = jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
+    scale = jnp.max(jnp.abs(mdp.reward)) + jnp.max(jnp.abs(value))
+    bound = horizon * ROUNDING_ULPS * jnp.finfo(value.dtype).eps * lax.stop_gradient(scale)
+    return FiniteHorizonSolution(value, q, policy, result, bound)
+
+
+@functools.partial(jax.jit, static_argnames="time_axes")
+def _occupancy(mdp, regularizer, policy, *, time_axes):
+    return _occupancy_one(mdp, regularizer, policy, time_axes=time_axes)
+
+
+@_over_problems
+def _occupancy_one(mdp, regularizer, policy, *, time_axes):
+    del regularizer
+    now, rest = _split(mdp, time_axes)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(rest, states, at):
+        now, policy = at
+        mdp = eqx.combine(now, rest)
+        if mdp.available is not None:  # a policy that is not known may be wrong
+            policy = jnp.where(mdp.available | (policy == 0), policy, jnp.nan)
+        pairs = states[:, None] * policy
+        return mdp.transition.push(mdp.discount * pairs), pairs
+
+    initial = mdp.initial[0] if time_axes else mdp.initial
+    return lax.scan(functools.partial(step, rest), initial, (now, policy))[1]

@@ -59,7 +59,7 @@ def _summary(cell: tuple, rows: list[dict[str, Any]]) -> tuple[float | None, str
 def _entry(package: str, best: dict[str, Any] | None, rows: list[dict[str, Any]]) -> str:
     if best is not None:
         return f"{_seconds(best) * 1e3:.3g} ({best['method'].removeprefix(package).strip()})"
-    limits = [row["status"].split(" (")[0] for row in rows if row["status"].startswith(">")]
+    limits = [row["status"].split(":")[0] for row in rows if row["status"].startswith(">")]
     return limits[0] if limits else "-" if not rows else rows[0]["status"].split(":")[0]
 
 

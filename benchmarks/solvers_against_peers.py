@@ -10,10 +10,14 @@ own, and a row of benchmarks/results/solvers_against_peers.csv, written when it 
 `--only` keeps the cells whose row key ("garnet 10000 0.99 0 mdpsolver vi") has a match of the regular expression;
 given several times, of all of them.
 
+Some cells are decided by the next smaller ones of the same problem and discount: a peer's method that took too long
+takes longer yet, and above 20,000 states a setting that took more than 3 times its package's best is left out
+(`--prune 0` leaves none out). Both have rows that say so.
+
 Accuracy: |V - V*|_inf <= 1e-6 max |V*|, V* by `peer_problems.reference`. A peer is tried at decades of its own
-tolerance from loose to tight, and its time is that of the loosest at which its true error passes. Ours are given
-the accuracy as their tolerance, once, and have to prove it. Float64; medians of 3 to 9 runs, of one run where a run
-takes more than 10 seconds. Times of ours are of `bilevel_jax.solve` called again: compiling is a column of its own.
+tolerance, and its time is that of the loosest at which its true error passes. Ours are given the accuracy as their
+tolerance, once, and have to prove it. Float64; medians of 3 to 9 runs, of one run where a run or setting it up takes
+more than 10 seconds. Times of ours are of `bilevel_jax.solve` called again: compiling is a column of its own.
 """
 
 import argparse
@@ -38,7 +42,8 @@ from peers import PEERS, SOFT, JaxDP, quiet
 
 RESULTS = Path(__file__).parent / "results" / "solvers_against_peers.csv"
 ACCURACY = 1e-6
-DECADES = range(3, -8, -1)
+DECADES = (4, -8)  # of the tolerance over the accuracy, from loose to tight
+PRUNE, PRUNE_ABOVE = 3.0, 20_000
 DISCOUNTS = (0.9, 0.99, 0.999)
 SIZES = {
     "garnet": (10**3, 10**4, 10**5, 10**6),
@@ -48,7 +53,7 @@ SIZES = {
 TEMPERATURE = 0.1  # of Shannon's entropy, in units of the reward
 FIELDS = (
     *("problem", "states", "discount", "temperature", "method", "status", "seconds", "least", "most", "runs"),
-    *("compile_seconds", "tolerance", "relative_error", "steps", "load"),
+    *("compile_seconds", "tolerance", "decade", "relative_error", "steps", "load"),
 )
 
 
@@ -85,12 +90,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1,000 states only, at most 5 seconds a solve")
     parser.add_argument("--only", action="append", default=[], metavar="REGEX", help="cells whose key matches")
     parser.add_argument("--limit", type=float, default=120.0, help="seconds that one solve may take")
+    parser.add_argument("--prune", type=float, default=PRUNE, metavar="TIMES", help="see above; 0: leave none out")
     parser.add_argument("--again", action="store_true", help="run the chosen cells though they have rows")
     parser.add_argument("--list", action="store_true", help="only print the keys of the chosen cells without a row")
     parser.add_argument("--table", action="store_true", help="only write the table and the picture")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the CSV file")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "bilevel_jax_references")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--start", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell is not None:
         print(json.dumps(run(Cell(*json.loads(options.cell)), options)))
@@ -111,27 +118,53 @@ def main() -> None:
 def run_all(chosen: list[Cell], options: argparse.Namespace) -> None:
     """Run the cells that have no row, each in a process of its own, and write each row at once."""
     rows = read(options.results)
-    over: set[tuple] = set()
     for cell in chosen:
         if cell.key in rows and not options.again:
             continue
         if options.list:
             print(cell.key)
             continue
-        peer = cell.method in PEERS
-        # What takes too long takes longer yet on a larger problem of the kind.
-        same = (cell.problem, cell.discount, cell.temperature, cell.method)
-        figures = {"status": f"> {options.limit:g} s (by a smaller problem)"} if peer and same in over else None
+        smaller = [s for s in SIZES[cell.problem] if s < cell.states]
+        before = {
+            name: rows[key]
+            for name in PEERS
+            if smaller and (key := cell._replace(states=smaller[-1], method=name).key) in rows
+        }
+        figures = left_out(cell, before, options)
+        # One decade looser than what sufficed there.
+        decade = before.get(cell.method, {}).get("decade")
+        options.start = 1 if decade in (None, "") else int(decade) + 1
         load = f"{os.getloadavg()[0]:.1f}"  # of the last minute, with the last cell's own
         rows[cell.key] = row = {**cell._asdict(), "load": load, **(figures or in_process(cell, options))}
-        if row["status"].startswith(">"):
-            over.add(same)
         write(options.results, rows)
         print(cell.key, {name: row[name] for name in FIELDS[5:] if row.get(name) not in (None, "")}, flush=True)
 
 
+def left_out(cell: Cell, before: dict[str, dict[str, Any]], options: argparse.Namespace) -> dict[str, Any] | None:
+    """The row of a cell that the rows at the next smaller size decide, if they do."""
+    if cell.method not in before:
+        return None
+    own = before[cell.method]
+    if own["status"].startswith(">"):
+        return {"status": f"> {options.limit:g} s: it was at a smaller size"}
+    if own["status"].startswith("left out"):
+        return {"status": own["status"]}
+    package = cell.method.split()[0]
+    times = [float(row["seconds"]) for name, row in before.items() if name.split()[0] == package and row.get("seconds")]
+    if (
+        options.prune
+        and cell.states > PRUNE_ABOVE
+        and own.get("seconds")
+        and float(own["seconds"]) > options.prune * min(times)
+    ):
+        slower = float(own["seconds"]) / min(times)
+        return {"status": f"left out: {slower:.1f} times the best of {package} at {own['states']} states"}
+    return None
+
+
 def in_process(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
     arguments = ["--cell", json.dumps(cell), "--limit", str(options.limit), "--cache", str(options.cache)]
+    arguments += [f"--start={options.start}"]
     # Set-up is outside the clock, but not without an end: lists of lists at 10^6 states take a minute each time.
     whole = 10 * options.limit + 600
     environment = os.environ | {"OPENBLAS_NUM_THREADS": os.environ.get("OPENBLAS_NUM_THREADS", "2")}
@@ -183,19 +216,39 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
             return {"status": "too large: dense"}
         peer = PEERS[cell.method](problem)
         peer.warm_up()
-        found = np.inf
-        for decade in DECADES if peer.has_tolerance else (0,):
-            tolerance = target * 10.0**decade
+
+        def attempt(decade: int) -> tuple[float, float, float]:
+            """(error, seconds, seconds with the preparation)."""
+            start = time.perf_counter()
             peer.prepare()
-            seconds, result = timed(lambda: peer.solve(tolerance), options.limit)  # noqa: B023
-            found = error(peer.value(result))
-            if not found <= ACCURACY:
-                continue
-            taken = [seconds]
-            if seconds <= 10:
-                taken, _ = repeat(lambda: peer.solve(tolerance), options.limit, peer.prepare)  # noqa: B023
-            return {**figures(taken, tolerance, found), "status": "ok"}
-        return {"status": f"not accurate at any tolerance: {found:.1e} at the last"}
+            seconds, result = timed(lambda: peer.solve(target * 10.0**decade), options.limit)
+            whole = time.perf_counter() - start
+            return error(peer.value(result)), seconds, whole
+
+        decade, (found, seconds, whole) = loosest(attempt, options.start) if peer.has_tolerance else (0, attempt(0))
+        if not found <= ACCURACY:
+            return {"status": f"not accurate at any tolerance: {found:.1e} at the last"}
+        taken = [seconds]
+        if whole <= 10:
+            taken, _ = repeat(lambda: peer.solve(target * 10.0**decade), options.limit, peer.prepare)
+        return {**figures(taken, target * 10.0**decade, found), "status": "ok", "decade": decade}
+
+
+def loosest(attempt: Callable[[int], tuple[float, ...]], start: int) -> tuple[int, tuple[float, ...]]:
+    """The loosest decade whose attempt is accurate (or else the tightest), sought from `start`, and its attempt."""
+    first, last = DECADES
+    decade = max(last, min(first, start))
+    outcome = attempt(decade)
+    step = 1 if outcome[0] <= ACCURACY else -1
+    while last <= decade + step <= first:
+        following = attempt(decade + step)
+        passes = following[0] <= ACCURACY
+        if step == 1 and not passes:
+            return decade, outcome
+        decade, outcome = decade + step, following
+        if step == -1 and passes:
+            break
+    return decade, outcome
 
 
 def timed(call: Callable[[], Any], limit: float) -> tuple[float, Any]:

@@ -41,13 +41,19 @@ def _entries() -> dict[str, Entry]:
     import bilevel_jax as bj
 
     makers: dict[str, Callable[[float], Any]] = {
-        "vi": lambda tolerance: bj.ValueIteration(tolerance, max_steps=LONG),
-        "pi": lambda tolerance: bj.PolicyIteration(tolerance),
+        "plain vi": lambda tolerance: bj.ValueIteration(tolerance, LONG, centred=False),
+        "vi": lambda tolerance: bj.ValueIteration(tolerance, LONG),
+        "pi": bj.PolicyIteration,
     }
-    names = {"mpi": "ModifiedPolicyIteration", "newton krylov": "NewtonKrylov", "anderson": "AndersonIteration"}
-    for short, name in (names | {"auto": "Auto"}).items():
-        if hasattr(bj, name):
-            makers[short] = getattr(bj, name)  # the tolerance is the first field
+    names = {
+        "mpi": "ModifiedPolicyIteration",
+        "newton krylov": "NewtonKrylov",
+        "anderson": "AndersonIteration",
+        "adaptive": "AdaptivePolicyIteration",
+        "auto": "Auto",
+    }
+    # The tolerance is the first field of each.
+    makers |= {short: getattr(bj, name) for short, name in names.items() if hasattr(bj, name)}
     forms = ["successor"] + ["stencil"] * hasattr(bj, "StencilTransition")
     return {f"ours {short} {form}": Entry(make, form) for short, make in makers.items() for form in forms}
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("mdpsolver", "quantecon", "pymdptoolbox", "jaxdp", "scipy")
-PLAIN = "ours vi successor"
+PLAIN = "ours plain vi successor"
 HEAD = """# Solvers against peers
 
 Made by `python benchmarks/solvers_against_peers.py --table` from `solvers_against_peers.csv`; what is compared
 stands in that script. Each entry is the best of a package's methods and settings in that cell, in milliseconds
 (medians, compile time apart). `ratio` is the fastest peer's time over ours, above 1 where we are faster; `auto` is
-the same with what `solve` chooses by itself; `plain` is the time of our own value iteration over our best.
+the same with our `Auto` alone; `plain` is the time of our value iteration with a sup-norm stop over our best.
 """
 
 

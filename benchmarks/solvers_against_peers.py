@@ -53,7 +53,7 @@ SIZES = {
 TEMPERATURE = 0.1  # of Shannon's entropy, in units of the reward
 FIELDS = (
     *("problem", "states", "discount", "temperature", "method", "status", "seconds", "least", "most", "runs"),
-    *("compile_seconds", "tolerance", "decade", "relative_error", "steps", "load"),
+    *("compile_seconds", "tolerance", "decade", "relative_error", "steps", "products", "load"),
 )
 
 
@@ -209,6 +209,7 @@ def run(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
             "status": status,
             "compile_seconds": round(max(0.0, first - statistics.median(taken)), 4),
             "steps": int(solution.stats.steps),
+            "products": int(solution.stats.products),
         }
 
     with quiet():

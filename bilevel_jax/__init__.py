@@ -20,13 +20,33 @@ from bilevel_jax.mdp import MDP
 from bilevel_jax.occupancy import occupancy, regularized_policy_value, stationary_distribution
 from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy, TsallisEntropy, Unregularized
 from bilevel_jax.results import MESSAGES, Result, check
-from bilevel_jax.solvers import PolicyIteration, Solution, Solver, SolveStats, ValueIteration, solve
-from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
+from bilevel_jax.solvers import (
+    AdaptivePolicyIteration,
+    AndersonIteration,
+    Auto,
+    ModifiedPolicyIteration,
+    PolicyIteration,
+    Solution,
+    Solver,
+    SolveStats,
+    ValueIteration,
+    solve,
+)
+from bilevel_jax.transitions import (
+    DenseTransition,
+    MatrixFreeTransition,
+    StencilTransition,
+    SuccessorTransition,
+    Transition,
+)
 
 __all__ = [
     "GMRES",
     "MDP",
     "MESSAGES",
+    "AdaptivePolicyIteration",
+    "AndersonIteration",
+    "Auto",
     "AverageRewardSolution",
     "AverageRewardSolver",
     "AverageRewardStats",
@@ -43,6 +63,8 @@ __all__ = [
     "Linear",
     "LinearSolver",
     "LinearStats",
+    "MatrixFreeTransition",
+    "ModifiedPolicyIteration",
     "Neumann",
     "PolicyIteration",
     "Problem",
@@ -56,6 +78,7 @@ __all__ = [
     "Solution",
     "SolveStats",
     "Solver",
+    "StencilTransition",
     "SuccessorTransition",
     "Table",
     "Transition",

@@ -82,7 +82,7 @@ def test_core_imports_nothing_of_the_command_line(name):
 def test_the_checks_above_see_imports():
     assert "bilevel_jax.adjoint.LinearSolver" in imports("bilevel_jax.solvers.solve")
     # also those inside functions
-    assert "bilevel_jax.solvers.policy_iteration.PolicyIteration" in imports("bilevel_jax.solvers.loop")
+    assert "bilevel_jax.interchange.gymnasium" in imports("bilevel_jax.mdp")
     assert LEVEL["problems"] < LEVEL["solvers"]
 
 

@@ -68,10 +68,20 @@ def test_error_bound_holds_before_convergence():
         assert np.abs(solution.value - truth("shannon", 0.9)[0]).max() <= solution.stats.error_bound
 
 
-def test_the_bound_is_attained():
+def test_the_contraction_bound_is_attained():
     # One state, one action: every sweep from 0 falls short by exactly discount / (1 - discount) residual.
-    solution = bj.solve(bj.MDP([[[1.0]]], [[2.0]], 0.75), bj.ShannonEntropy(1.0), solver=bj.ValueIteration(1.0))
+    plain = bj.ValueIteration(1.0, centred=False)
+    solution = bj.solve(bj.MDP([[[1.0]]], [[2.0]], 0.75), bj.ShannonEntropy(1.0), solver=plain)
     np.testing.assert_allclose(8.0 - solution.value[0], solution.stats.error_bound, rtol=1e-12)
+
+
+def test_the_span_bound_is_attained():
+    # Two states that only stay, values 4 and 12: the gap after n sweeps is discount^n r, its span discount^n 4, and
+    # the middle of the bracket is as far above the one value as below the other.
+    mdp = bj.MDP(np.eye(2)[:, None], [[1.0], [3.0]], 0.75)
+    solution = bj.solve(mdp, bj.ShannonEntropy(1.0), solver=bj.ValueIteration(1e-3, 5))
+    error = solution.value - np.array([4.0, 12.0])
+    np.testing.assert_allclose(error, [solution.stats.error_bound, -solution.stats.error_bound], rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,13 +90,17 @@ def test_stats_of_value_iteration(kind):
     values = [np.zeros(STATES)]
     for _ in range(7):
         values.append(np.asarray(chosen.conjugate(PROCESS.reward + 0.9 * PROCESS.dense @ values[-1])))
-    solution = bj.solve(mdp, chosen, solver=bj.ValueIteration(1e-9, 7))
+    solution = bj.solve(mdp, chosen, solver=bj.ValueIteration(1e-9, 7, centred=False))
     assert int(solution.stats.steps) == 7
     assert int(solution.result) == bj.Result.MAX_STEPS
     np.testing.assert_allclose(solution.value, values[7], rtol=1e-13)
     residual = np.abs(values[7] - values[6]).max()
     np.testing.assert_allclose(solution.stats.residual, residual, rtol=1e-10)
     np.testing.assert_allclose(solution.stats.error_bound, 9 * residual, rtol=1e-10)  # 0.9 / (1 - 0.9)
+    centred = bj.solve(mdp, chosen, solver=bj.ValueIteration(1e-9, 7))
+    gap = values[7] - values[6]
+    np.testing.assert_allclose(centred.value, values[7] + 9 * (gap.max() + gap.min()) / 2, rtol=1e-12)
+    np.testing.assert_allclose(centred.stats.error_bound, 9 * np.ptp(gap) / 2, rtol=1e-8)
 
 
 @pytest.mark.parametrize("solver", EXACT)

@@ -127,7 +127,7 @@ def m_sobirl(
     return MSoBiRL(
         problem,
         optimizer,
-        ValueIteration(max_steps=10) if lower is None else lower,
+        ValueIteration(max_steps=10, centred=False) if lower is None else lower,
         Descent() if adjoint is None else adjoint,
     )
 
@@ -140,7 +140,7 @@ def _init(algorithm, x, value=None, policy=None, adjoint=None):
     else:
         unknown = jnp.full(mdp.batch_shape, jnp.inf, value.dtype)
         result = jnp.full(mdp.batch_shape, Result.MAX_STEPS, jnp.int32)
-        stats = SolveStats(jnp.zeros_like(result), unknown, unknown)
+        stats = SolveStats(jnp.zeros_like(result), jnp.zeros_like(result), unknown, unknown, unknown)
         solution = read_out(mdp, regularizer, value, result, stats)
     if policy is not None:
         solution = eqx.tree_at(lambda s: s.policy, solution, policy)

@@ -1,17 +1,24 @@
 """Solvers of V = T V: one loop, one small stepper a file."""
 
-from bilevel_jax.solvers.loop import Solver, SolveStats, default_solver
+from bilevel_jax.solvers.adaptive import AdaptivePolicyIteration
+from bilevel_jax.solvers.anderson import AndersonIteration
+from bilevel_jax.solvers.auto import Auto
+from bilevel_jax.solvers.loop import Solver, SolveStats
+from bilevel_jax.solvers.modified_policy_iteration import ModifiedPolicyIteration
 from bilevel_jax.solvers.policy_iteration import PolicyIteration
 from bilevel_jax.solvers.solve import Solution, read_out, solve
 from bilevel_jax.solvers.value_iteration import ValueIteration
 
 __all__ = [
+    "AdaptivePolicyIteration",
+    "AndersonIteration",
+    "Auto",
+    "ModifiedPolicyIteration",
     "PolicyIteration",
     "Solution",
     "SolveStats",
     "Solver",
     "ValueIteration",
-    "default_solver",
     "read_out",
     "solve",
 ]

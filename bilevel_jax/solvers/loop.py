@@ -12,38 +12,57 @@ from bilevel_jax.bellman import action_values, sup_norm
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Result
+from bilevel_jax.solvers.certificate import (
+    Bracket,
+    Discounts,
+    bracket,
+    contraction_only,
+    expected_discounts,
+    rounding_of_sweep,
+)
 from bilevel_jax.validation import require_setting
 
-# A residual of this many units in the last place of |Q| is all that rounding leaves to reach; up to
-# STALL_ULPS the iteration goes on only while the residual falls.
-FLOOR_ULPS = 16
-STALL_ULPS = 1000
+# Where the bracket is within so many times what rounding allows, a step that does not narrow it is the last.
+STALL = 64
 
 
 class SolveStats(eqx.Module):
     """How a solve went; scalars, one a batch element.
 
-    `steps` counts Bellman sweeps, `residual` is |T V - V|_inf at the last V swept, and `error_bound`
-    bounds |value - V*|_inf by discount / (1 - discount) * residual.
+    `steps` counts Bellman sweeps, `products` the products with a policy's transitions between them.
+    `residual` is |T V - V|_inf at the last V swept. `error_bound` bounds |value - V*|_inf, rounding
+    included. `suboptimality` bounds max_s V*[s] - V^policy[s], both regularized.
     """
 
     steps: jax.Array
+    products: jax.Array
     residual: jax.Array
     error_bound: jax.Array
+    suboptimality: jax.Array
 
 
-class Iterate(NamedTuple):
-    """Where a solver stands: V[S], its Q[S, A] and T V [S]."""
+class Swept(NamedTuple):
+    """Where a solver stands: V[S], T V [S], and what it kept of Q.
+
+    `half_width` is what the bracket of V* had after this sweep, `needed` what would end the iteration.
+    """
 
     value: jax.Array
-    q: jax.Array
     backup: jax.Array
+    kept: Any
+    half_width: jax.Array
+    needed: jax.Array
+
+    @property
+    def gap(self) -> jax.Array:
+        """T V - V, [S]."""
+        return self.backup - self.value
 
 
 class Solver(eqx.Module):
     """The protocol: fields `tolerance` and `max_steps`, and a step.
 
-    `tolerance` is a bound on |V - V*|_inf, in units of the reward; None asks for working precision,
+    `tolerance` is a bound on |value - V*|_inf, in units of the reward; None asks for working precision,
     i.e. to go on until rounding leaves nothing to gain. `max_steps` counts Bellman sweeps.
     `batched_on_cpu`: whether vmap on a CPU advances all elements together. Steps that are linear
     solves run one after another there anyway; then whole solves do, each ending at its own time.
@@ -59,64 +78,106 @@ class Solver(eqx.Module):
             require_setting("tolerance", self.tolerance, 0, "None asks for working precision")
         require_setting("max_steps", self.max_steps, 1, "1000 is usual", whole=True)
 
+    @property
+    def is_centred(self) -> bool:
+        """Whether the result is the middle of the bracket of V*, or else the last T V as it is."""
+        return True
+
+    def resolve(self, mdp: MDP) -> "Solver":
+        """The solver to run on such MDPs: itself, but for one that only chooses."""
+        del mdp
+        return self
+
+    def keep(self, mdp: MDP, regularizer: Regularizer, q: jax.Array) -> Any:
+        """What a step needs of Q[S, A]."""
+        del mdp, regularizer, q
+
+    def start(self, mdp: MDP, value: jax.Array) -> Any:
+        """State carried from step to step, at V[S]."""
+        del mdp, value
+
     @abc.abstractmethod
-    def step(self, mdp: MDP, regularizer: Regularizer, iterate: Iterate) -> jax.Array:
-        """The next V[S]."""
+    def step(self, mdp: MDP, swept: Swept, state: Any) -> tuple[jax.Array, Any, jax.Array]:
+        """The next V[S], the next state, and the number of products that were made."""
 
 
 def iterate(
-    solver: Solver, mdp: MDP, regularizer: Regularizer, value: jax.Array
-) -> tuple[jax.Array, jax.Array, SolveStats]:
-    """Run `solver` from V[S] on one MDP. Returns the last T V, the result code and the stats.
+    solver: Solver, mdp: MDP, regularizer: Regularizer, value: jax.Array | None
+) -> tuple[jax.Array, jax.Array, SolveStats, Discounts]:
+    """Run `solver` from V[S], or from zeros, on one MDP.
+
+    Returns V, the result code, the stats, and the discounts that its bounds are made of.
 
     Every step costs one sweep beside its own work; the last sweep is returned, not thrown away.
     """
-    modulus = mdp.modulus
-    factor = modulus / (1 - modulus)
+    discounts = expected_discounts(mdp) if solver.is_centred else contraction_only(mdp)
     reward_scale = sup_norm(mdp.reward)
-    ulp = jnp.finfo(value.dtype).eps
     max_steps = jnp.asarray(solver.max_steps, jnp.int32)
-    target = 0 if solver.tolerance is None else jnp.asarray(solver.tolerance, value.dtype)
+    dtype = mdp.reward.dtype
+    target = jnp.asarray(0 if solver.tolerance is None else solver.tolerance, dtype)
 
-    def sweep(value):
-        q = action_values(mdp, value)
+    def sweep(value, q=None):
+        q = action_values(mdp, value) if q is None else q
         backup = regularizer.conjugate(q)
-        # Two maxima in one reduction: small sweeps pay for each operation, not for its arithmetic.
-        residual, scale = jnp.max(jnp.abs(jnp.stack([backup - value, backup])), -1)
-        return Iterate(value, q, backup), residual, ulp * (reward_scale + scale)
+        gap = backup - value
+        # Maxima in one reduction: small sweeps pay for each operation, not for its arithmetic.
+        high, low, scale = jnp.max(jnp.stack([gap, -gap, jnp.abs(backup)]), -1)
+        low = -low
+        now = bracket(discounts, low, high, rounding_of_sweep(mdp, reward_scale + scale))
+        # The result is T V + middle, and rounds as numbers of that size do.
+        now = now._replace(rounding=now.rounding * (1 + jnp.abs(now.middle) / (reward_scale + scale)))
+        needed = jnp.maximum(target - now.rounding, now.rounding)
+        kept = solver.keep(mdp, regularizer, q)
+        return Swept(value, backup, kept, now.half_width, needed), now, jnp.maximum(high, -low)
 
-    def finished(residual, previous, ulps):
-        floor = (residual <= FLOOR_ULPS * ulps) | ((residual >= previous) & (residual <= STALL_ULPS * ulps))
-        # The unit knows of the rewards; where they are not finite it is neither, whatever the residual says.
-        return (factor * residual <= target) | floor | ~jnp.isfinite(residual + ulps)
+    def error_bound(now: Bracket):
+        width = now.half_width if solver.is_centred else jnp.maximum(now.upper, -now.lower)
+        return width + now.rounding
+
+    def at_rounding(now: Bracket, previous):
+        width = error_bound(now) - now.rounding
+        return (width <= now.rounding) | ((width >= previous) & (width <= STALL * now.rounding))
+
+    def finished(now: Bracket, previous):
+        return (error_bound(now) <= target) | at_rounding(now, previous) | ~jnp.isfinite(error_bound(now))
 
     def unfinished(carry):
-        _, residual, previous, ulps, steps = carry
-        return ~finished(residual, previous, ulps) & (steps < max_steps)
+        _, now, _, previous, _, steps, _ = carry
+        return ~finished(now, previous) & (steps < max_steps)
 
     def body(carry):
-        current, residual, _, _, steps = carry
-        new, new_residual, ulps = sweep(solver.step(mdp, regularizer, current))
-        return new, new_residual, residual, ulps, steps + 1
+        swept, now, _, _, state, steps, products = carry
+        value, state, used = solver.step(mdp, swept, state)
+        return *sweep(value), error_bound(now) - now.rounding, state, steps + 1, products + used
 
-    first, residual, ulps = sweep(value)
-    start = (first, residual, jnp.full_like(residual, jnp.inf), ulps, jnp.asarray(1, jnp.int32))
-    last, residual, previous, ulps, steps = lax.while_loop(unfinished, body, start)
+    if value is None:  # the first Q is the reward, no product needed
+        value = jnp.zeros_like(mdp.reward[:, 0])
+        q = mdp.reward if mdp.available is None else jnp.where(mdp.available, mdp.reward, -jnp.inf)
+        first = sweep(value, q)
+    else:
+        first = sweep(value)
+    counts = jnp.asarray(1, jnp.int32), jnp.asarray(0, jnp.int32)
+    start = (*first, jnp.asarray(jnp.inf, dtype), solver.start(mdp, value), *counts)
+    last, now, residual, previous, _, steps, products = lax.while_loop(unfinished, body, start)
 
-    bound = factor * residual
-    reached = bound <= target
+    bound = error_bound(now)
     limit = Result.CONVERGED if solver.tolerance is None else Result.PRECISION_LIMIT
-    result = jnp.where(
-        reached, Result.CONVERGED, jnp.where(finished(residual, previous, ulps), limit, Result.MAX_STEPS)
-    )
-    # V may be finite where Q is not: an action that the regularizer never takes.
-    finite = jnp.all(jnp.isfinite(last.backup)) & jnp.all(jnp.isfinite(last.q)) & jnp.isfinite(bound)
+    ended = jnp.where(at_rounding(now, previous), limit, Result.MAX_STEPS)
+    result = jnp.where(bound <= target, Result.CONVERGED, ended)
+    finite = jnp.all(jnp.isfinite(last.backup)) & jnp.isfinite(bound)
     result = jnp.where(finite, result, Result.NOT_FINITE).astype(jnp.int32)
-    return last.backup, result, SolveStats(steps, residual, bound)
+    value = last.backup + now.middle if solver.is_centred else last.backup
+    # A policy greedy at a V within e of V* loses 2 e discount / (1 - discount) at most.
+    loss = bracket(discounts, -bound, bound, bound)
+    return value, result, SolveStats(steps, products, residual, bound, loss.upper - loss.lower), discounts
 
 
-def default_solver() -> "Solver":
-    """Soft policy iteration to working precision."""
-    from bilevel_jax.solvers.policy_iteration import PolicyIteration
+def suboptimality(mdp: MDP, discounts: Discounts, value: jax.Array, backup: jax.Array) -> jax.Array:
+    """Bounds max_s V*[s] - V^pi[s] for pi greedy at V[S], given T V [S].
 
-    return PolicyIteration()
+    T_pi V = T V there, so the bracket that V and T V prove holds V^pi as well as V*.
+    """
+    gap = backup - value
+    scale = sup_norm(mdp.reward) + sup_norm(value)
+    proven = bracket(discounts, jnp.min(gap), jnp.max(gap), rounding_of_sweep(mdp, scale))
+    return 2 * (proven.half_width + proven.rounding)

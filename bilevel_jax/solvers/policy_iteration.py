@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
-from bilevel_jax.bellman import discounted_operator
+from bilevel_jax.solvers.evaluation import improve, policy_operator
 from bilevel_jax.solvers.loop import Solver
 from bilevel_jax.validation import require_instance
 
@@ -15,7 +15,7 @@ class PolicyIteration(Solver):
     adds a small correction to V instead of computing V anew, so it keeps its digits.
 
     Args:
-      tolerance: bound on |V - V*|_inf; None asks for working precision.
+      tolerance: bound on |value - V*|_inf; None asks for working precision.
       max_steps: sweeps at most, each but the first with one linear solve.
       linear_solver: None chooses by the number of states, see `default_linear_solver`.
 
@@ -31,9 +31,12 @@ class PolicyIteration(Solver):
     def __check_init__(self):
         require_instance("linear_solver", self.linear_solver, LinearSolver | None)
 
-    def step(self, mdp, regularizer, iterate):
+    def keep(self, mdp, regularizer, q):
+        del mdp
+        return improve(regularizer, q)
+
+    def step(self, mdp, swept, state):
         solver = default_linear_solver(mdp.num_states) if self.linear_solver is None else self.linear_solver
-        operator = discounted_operator(mdp, regularizer.policy(iterate.q))
-        gap = iterate.backup - iterate.value
-        correction, _ = linear_solve(solver, operator, mdp.modulus, gap, share=False)
-        return iterate.value + correction
+        operator = policy_operator(mdp, swept.kept)
+        correction, stats = linear_solve(solver, operator, mdp.modulus, swept.gap, share=False)
+        return swept.value + correction, state, stats.steps

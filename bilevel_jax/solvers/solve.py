@@ -7,11 +7,13 @@ from jax import lax
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve, zero_tangents
 from bilevel_jax.batching import one_at_a_time_on_cpu
-from bilevel_jax.bellman import backup, check_compatible, discounted_operator, greedy
+from bilevel_jax.bellman import action_values, backup, check_compatible, read_policy
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.results import Outcome
-from bilevel_jax.solvers.loop import Solver, SolveStats, default_solver, iterate
+from bilevel_jax.results import Outcome, Result
+from bilevel_jax.solvers.auto import Auto
+from bilevel_jax.solvers.evaluation import improve, policy_operator
+from bilevel_jax.solvers.loop import Solver, SolveStats, iterate, suboptimality
 from bilevel_jax.validation import as_float, require_instance
 
 
@@ -51,7 +53,7 @@ def solve(
     Args:
       mdp: the process, with any batch axes (then every field of the result has them).
       regularizer: with the same batch axes or shared.
-      solver: None is `PolicyIteration()`: to working precision.
+      solver: None is `Auto()`: to working precision, the method chosen by size and transition.
       adjoint: linear solver of the derivatives; None chooses by the number of states.
       initial_value: V[S] to start from; None is zeros. Not differentiated.
 
@@ -73,17 +75,25 @@ def solve(
 
 @jax.jit
 def _solve(mdp, regularizer, initial_value, solver, adjoint):
-    solver = default_solver() if solver is None else solver
+    solver = (Auto() if solver is None else solver).resolve(mdp)
     adjoint = default_linear_solver(mdp.num_states) if adjoint is None else adjoint
     return _solve_one(mdp, regularizer, initial_value, solver=solver, adjoint=adjoint)
 
 
 @over_batch
 def _solve_one(mdp, regularizer, initial_value, *, solver, adjoint):
-    start = jnp.zeros_like(mdp.reward[:, 0]) if initial_value is None else lax.stop_gradient(initial_value)
+    start = None if initial_value is None else lax.stop_gradient(initial_value)
     numbers = jax.tree.map(jnp.asarray, (solver, adjoint))
-    value, result, stats = _fixed_point(*numbers, mdp, regularizer, start)
-    return Solution(value, *greedy(mdp, regularizer, value), result, stats)
+    value, result, stats, discounts = _fixed_point(*numbers, mdp, regularizer, start)
+    q = action_values(mdp, value)
+    if solver.is_centred:
+        frozen = lax.stop_gradient((mdp, regularizer, value, q))
+        loss = suboptimality(frozen[0], discounts, frozen[2], frozen[1].conjugate(frozen[3]))
+        stats = eqx.tree_at(lambda s: s.suboptimality, stats, loss)
+    # V may be finite where Q is not: an action that the regularizer never takes.
+    finite = jnp.isfinite(q) if mdp.available is None else jnp.isfinite(q) | ~mdp.available
+    result = jnp.where(jnp.all(finite), result, Result.NOT_FINITE).astype(jnp.int32)
+    return Solution(value, q, read_policy(regularizer, q), result, stats)
 
 
 @jax.custom_jvp
@@ -101,15 +111,20 @@ def _fixed_point_jvp(primals, tangents):
     solver, adjoint, mdp, regularizer, start = primals
     _, _, mdp_dot, regularizer_dot, _ = tangents
     # Called again, not closed over: a further derivative meets the same rule.
-    value, result, stats = _fixed_point(solver, adjoint, mdp, regularizer, start)
+    value, *report = _fixed_point(solver, adjoint, mdp, regularizer, start)
     _, backup_dot = jax.jvp(lambda m, r: backup(m, r, value), (mdp, regularizer), (mdp_dot, regularizer_dot))
-    _, policy = greedy(mdp, regularizer, value)
-    operator = discounted_operator(mdp, policy)
+    operator = policy_operator(mdp, improve(regularizer, action_values(mdp, value)))
     value_dot, _ = linear_solve(adjoint, operator, mdp.modulus, backup_dot, poison=True)
-    return (value, result, stats), (value_dot, *zero_tangents((result, stats)))
+    return (value, *report), (value_dot, *zero_tangents(tuple(report)))
 
 
 def read_out(mdp: MDP, regularizer: Regularizer, value: jax.Array, result: jax.Array, stats: SolveStats) -> Solution:
     """The `Solution` that V[S] implies, as a differentiable function of V and the problem's leaves."""
-    q, policy = over_batch(greedy)(mdp, regularizer, value)
+
+    @over_batch
+    def read(mdp, regularizer, value):
+        q = action_values(mdp, value)
+        return q, read_policy(regularizer, q)
+
+    q, policy = read(mdp, regularizer, value)
     return Solution(value, q, policy, result, stats)

@@ -2,15 +2,20 @@
 
 from typing import Any
 
+import equinox as eqx
+import jax.numpy as jnp
+
 from bilevel_jax.solvers.loop import Solver
 
 
 class ValueIteration(Solver):
-    """V <- T V. Linear, at the rate of the discount; one sweep a step and nothing else.
+    """V <- T V; one sweep a step and nothing else. The gap falls at the rate of the discount, its span faster.
 
     Args:
-      tolerance: bound on |V - V*|_inf; None asks for working precision.
+      tolerance: bound on |value - V*|_inf; None asks for working precision.
       max_steps: sweeps at most.
+      centred: return the middle of the proven bracket of V*, whose width is the span of the gap (static).
+        False returns the last T V, bounded by contraction alone: what papers call value iteration.
 
     Raises:
       InputError: tolerance below 0 or max_steps below 1.
@@ -18,7 +23,12 @@ class ValueIteration(Solver):
 
     tolerance: Any = None
     max_steps: Any = 100_000
+    centred: bool = eqx.field(default=True, static=True)
 
-    def step(self, mdp, regularizer, iterate):
-        del mdp, regularizer
-        return iterate.backup
+    @property
+    def is_centred(self):
+        return self.centred
+
+    def step(self, mdp, swept, state):
+        del mdp
+        return swept.backup, state, jnp.asarray(0, jnp.int32)

@@ -1,0 +1,36 @@
+"""The default: a solver by size and transition."""
+
+from typing import Any
+
+from bilevel_jax.solvers.adaptive import AdaptivePolicyIteration
+from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.solvers.policy_iteration import PolicyIteration
+
+# Up to this many states, Newton's method with a factorization each step (docs/performance.md).
+NEWTON_LIMIT = 128
+
+
+class Auto(Solver):
+    """`PolicyIteration` by factorizations for few states, `AdaptivePolicyIteration` for more.
+
+    Which way of evaluation pays at more states depends on how fast the chain mixes and on the discount,
+    neither of which is a part of the structure: that choice is made while solving, by measurement.
+
+    Args:
+      tolerance: bound on |value - V*|_inf; None asks for working precision.
+      max_steps: sweeps at most.
+
+    Raises:
+      InputError: tolerance below 0 or max_steps below 1.
+    """
+
+    tolerance: Any = None
+    max_steps: Any = 100_000
+
+    def resolve(self, mdp):
+        if mdp.num_states <= NEWTON_LIMIT:
+            return PolicyIteration(self.tolerance, self.max_steps)
+        return AdaptivePolicyIteration(self.tolerance, self.max_steps)
+
+    def step(self, mdp, swept, state):
+        raise NotImplementedError("Auto is resolved before the loop starts")

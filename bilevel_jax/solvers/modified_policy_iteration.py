@@ -1,0 +1,47 @@
+"""Modified policy iteration: a sweep to improve, some products to evaluate."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
+from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.validation import require_setting
+
+
+class ModifiedPolicyIteration(Solver):
+    """V <- T_pi^k V, pi the policy at V: value iteration that improves its policy in one sweep of k only.
+
+    Puterman and Shin 1978, "Modified policy iteration algorithms for discounted Markov decision problems";
+    for regularized MDPs Geist, Scherrer and Pietquin 2019. k is chosen step by step: until the span of
+    T_pi V - V is `forcing` times what it was.
+
+    Args:
+      tolerance: bound on |value - V*|_inf; None asks for working precision.
+      max_steps: sweeps at most.
+      sweeps: products between two improvements at most; 0 is value iteration.
+      forcing: by how much the evaluation narrows the span before the policy is improved again.
+
+    Raises:
+      InputError: tolerance, sweeps or forcing below 0, or max_steps below 1.
+    """
+
+    tolerance: Any = None
+    max_steps: Any = 100_000
+    sweeps: Any = 50
+    forcing: Any = 0.3
+
+    def __check_init__(self):
+        require_setting("sweeps", self.sweeps, 0, "20 to 50 is usual", whole=True)
+        require_setting("forcing", self.forcing, 0, "0.1 to 0.5 is usual")
+
+    def keep(self, mdp, regularizer, q):
+        del mdp
+        return improve(regularizer, q)
+
+    def step(self, mdp, swept, state):
+        operator = fold_where_it_pays(mdp, policy_operator(mdp, swept.kept))
+        gap = swept.gap
+        fraction = jnp.maximum(jnp.asarray(self.forcing, gap.dtype), swept.needed / swept.half_width / 2)
+        total, _, _, products = sweep_policy(operator, gap, fraction * span(gap), jnp.asarray(self.sweeps, jnp.int32))
+        return swept.value + total, state, products

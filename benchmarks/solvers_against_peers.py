@@ -6,7 +6,8 @@ python benchmarks/solvers_against_peers.py --only 'garnet 10000 ' --only 'mdpsol
 python benchmarks/solvers_against_peers.py --table              # only the table and the picture of what is there
 
 A cell is a problem (`peer_problems.py`), its size, its discount, its temperature and a method; it has a process of its
-own, and a row of benchmarks/results/solvers_against_peers.csv, written when it is done; who has one is not run again, unless it failed.
+own, and a row of benchmarks/results/solvers_against_peers.csv, written when it is done; who has one is not run again,
+unless it failed.
 `--only` keeps the cells whose row key ("garnet 10000 0.99 0 mdpsolver vi") has a match of the regular expression;
 given several times, of all of them.
 
@@ -17,7 +18,8 @@ takes longer yet, and above 20,000 states a setting that took more than 3 times 
 Accuracy: |V - V*|_inf <= 1e-6 max |V*|, V* by `peer_problems.reference`. A peer is tried at decades of its own
 tolerance, and its time is that of the loosest at which its true error passes. Ours are given the accuracy as their
 tolerance, and have to prove it; `tried_seconds` is what they take by the peers' rule. Float64; medians of 3 to 9
-runs, of one run where a run or setting it up takes more than 10 seconds. Times of ours are of `bilevel_jax.solve` called again: compiling is a column of its own.
+runs, of one run where a run or setting it up takes more than 10 seconds. Times of ours are of `bilevel_jax.solve`
+called again: compiling is a column of its own.
 """
 
 import argparse

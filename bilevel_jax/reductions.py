@@ -37,6 +37,29 @@ def sum_slots(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     return lax.scan(lambda total, rest: (total + term(*rest), None), first, tuple(a[1:] for a in arrays))[0]
 
 
+def argmax_last(x: jax.Array) -> jax.Array:
+    """The first index of the maximum over the last axis, int32. NaN counts as no maximum."""
+    length = x.shape[-1]
+    if not 0 < length <= UNROLLED:
+        return jnp.argmax(x, -1).astype(jnp.int32)
+    top, index = lax.index_in_dim(x, 0, -1, keepdims=False), jnp.zeros(x.shape[:-1], jnp.int32)
+    for a in range(1, length):
+        candidate = lax.index_in_dim(x, a, -1, keepdims=False)
+        better = candidate > top
+        top, index = jnp.where(better, candidate, top), jnp.where(better, a, index)
+    return index
+
+
+def min_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The least and the largest entry, in one pass."""
+    infinity = jnp.asarray(jnp.inf, x.dtype)
+
+    def combine(a, b):
+        return lax.min(a[0], b[0]), lax.max(a[1], b[1])
+
+    return lax.reduce((x, x), (infinity, -infinity), combine, tuple(range(x.ndim)))
+
+
 def _reduce(x: jax.Array, combine: Callable, whole: Callable) -> jax.Array:
     length = x.shape[-1]
     if not 0 < length <= UNROLLED:

@@ -90,7 +90,7 @@ class AdaptivePolicyIteration(Solver):
         def sweep(_):
             fraction = jnp.maximum(jnp.asarray(self.forcing, gap.dtype), enough)
             most = jnp.asarray(self.sweeps, jnp.int32)
-            total, _, _, products = sweep_policy(operator, gap, fraction * span(gap), most)
+            total, _, products = sweep_policy(operator, gap, fraction * span(gap), most)
             return swept.value + total, products
 
         def solve(_):

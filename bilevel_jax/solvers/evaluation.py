@@ -6,13 +6,14 @@ from jax import lax
 
 from bilevel_jax.bellman import discounted_operator
 from bilevel_jax.mdp import MDP
+from bilevel_jax.reductions import argmax_last, min_max
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.transitions import StateOperator
 
 
 def improve(regularizer: Regularizer, q: jax.Array) -> jax.Array:
     """The policy at Q[S, A]: probabilities [S, A], or the chosen action int32[S] where there is no more to it."""
-    return regularizer.policy(q) if regularizer.smooth else jnp.argmax(q, -1).astype(jnp.int32)
+    return regularizer.policy(q) if regularizer.smooth else argmax_last(q)
 
 
 def policy_operator(mdp: MDP, improved: jax.Array) -> StateOperator:
@@ -26,8 +27,8 @@ def policy_operator(mdp: MDP, improved: jax.Array) -> StateOperator:
 
 def span(values: jax.Array) -> jax.Array:
     """max - min, a scalar."""
-    high, low = jnp.max(jnp.stack([values, -values]), -1)
-    return high + low
+    low, high = min_max(values)
+    return high - low
 
 
 def fold_where_it_pays(mdp: MDP, operator: StateOperator) -> StateOperator:
@@ -37,20 +38,21 @@ def fold_where_it_pays(mdp: MDP, operator: StateOperator) -> StateOperator:
 
 def sweep_policy(
     operator: StateOperator, gap: jax.Array, stop: jax.Array, most: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Sum gap + M gap + M^2 gap + ... until the span of the last term is at most `stop`, or `most` products.
 
-    Returns the sum [S], the last term [S], its span and the number of products. V + sum is what as many
+    Returns the sum [S], the last term [S] and the number of products. V + sum is what as many
     sweeps of evaluation make of V, and M times the last term is T_pi (V + sum) - (V + sum).
     """
 
+    # The span is taken in the condition, of an array that lies in memory; see `loop.iterate`.
     def unfinished(carry):
-        _, _, width, products = carry
-        return (width > stop) & (products < most)
+        _, term, products = carry
+        return (products < most) & (span(term) > stop)
 
     def body(carry):
-        total, term, _, products = carry
+        total, term, products = carry
         term = operator.apply(term)
-        return total + term, term, span(term), products + 1
+        return total + term, term, products + 1
 
-    return lax.while_loop(unfinished, body, (gap, gap, span(gap), jnp.asarray(0, jnp.int32)))
+    return lax.while_loop(unfinished, body, (gap, gap, jnp.asarray(0, jnp.int32)))

@@ -10,6 +10,7 @@ from jax import lax
 
 from bilevel_jax.bellman import action_values, sup_norm
 from bilevel_jax.mdp import MDP
+from bilevel_jax.reductions import min_max
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Result
 from bilevel_jax.solvers.certificate import (
@@ -116,57 +117,59 @@ def iterate(
     dtype = mdp.reward.dtype
     target = jnp.asarray(0 if solver.tolerance is None else solver.tolerance, dtype)
 
-    def sweep(value, q=None):
-        q = action_values(mdp, value) if q is None else q
-        backup = regularizer.conjugate(q)
+    def look(value, backup):
+        """The bracket that a sweep proves, the half width that will do, and the residual."""
         gap = backup - value
-        # Maxima in one reduction: small sweeps pay for each operation, not for its arithmetic.
-        high, low, scale = jnp.max(jnp.stack([gap, -gap, jnp.abs(backup)]), -1)
-        low = -low
-        now = bracket(discounts, low, high, rounding_of_sweep(mdp, reward_scale + scale))
+        low, high = min_max(gap)
+        least, largest = min_max(backup)
+        scale = reward_scale + jnp.maximum(-least, largest)
+        now = bracket(discounts, low, high, rounding_of_sweep(mdp, scale))
         # The result is T V + middle, and rounds as numbers of that size do.
-        now = now._replace(rounding=now.rounding * (1 + jnp.abs(now.middle) / (reward_scale + scale)))
-        needed = jnp.maximum(target - now.rounding, now.rounding)
-        kept = solver.keep(mdp, regularizer, q)
-        return Swept(value, backup, kept, now.half_width, needed), now, jnp.maximum(high, -low)
+        now = now._replace(rounding=now.rounding * (1 + jnp.abs(now.middle) / scale))
+        return now, jnp.maximum(target - now.rounding, now.rounding), jnp.maximum(high, -low)
 
-    def error_bound(now: Bracket):
-        width = now.half_width if solver.is_centred else jnp.maximum(now.upper, -now.lower)
-        return width + now.rounding
+    def width(now: Bracket):
+        return now.half_width if solver.is_centred else jnp.maximum(now.upper, -now.lower)
 
     def at_rounding(now: Bracket, previous):
-        width = error_bound(now) - now.rounding
-        return (width <= now.rounding) | ((width >= previous) & (width <= STALL * now.rounding))
+        return (width(now) <= now.rounding) | ((width(now) >= previous) & (width(now) <= STALL * now.rounding))
 
     def finished(now: Bracket, previous):
-        return (error_bound(now) <= target) | at_rounding(now, previous) | ~jnp.isfinite(error_bound(now))
+        bound = width(now) + now.rounding
+        return (bound <= target) | at_rounding(now, previous) | ~jnp.isfinite(bound)
 
+    # What a sweep proves is read off in the condition, where V and T V are arrays that lie in memory: in the body,
+    # XLA's CPU would compute the sweep once more for each maximum (docs/performance.md).
     def unfinished(carry):
-        _, now, _, previous, _, steps, _ = carry
-        return ~finished(now, previous) & (steps < max_steps)
+        value, backup, _, previous, _, steps, _ = carry
+        return ~finished(look(value, backup)[0], previous) & (steps < max_steps)
 
     def body(carry):
-        swept, now, _, _, state, steps, products = carry
-        value, state, used = solver.step(mdp, swept, state)
-        return *sweep(value), error_bound(now) - now.rounding, state, steps + 1, products + used
+        value, backup, kept, _, state, steps, products = carry
+        now, needed, _ = look(value, backup)
+        value, state, used = solver.step(mdp, Swept(value, backup, kept, now.half_width, needed), state)
+        q = action_values(mdp, value)
+        kept = solver.keep(mdp, regularizer, q)
+        return value, regularizer.conjugate(q), kept, width(now), state, steps + 1, products + used
 
     if value is None:  # the first Q is the reward, no product needed
         value = jnp.zeros_like(mdp.reward[:, 0])
         q = mdp.reward if mdp.available is None else jnp.where(mdp.available, mdp.reward, -jnp.inf)
-        first = sweep(value, q)
     else:
-        first = sweep(value)
+        q = action_values(mdp, value)
+    first = value, regularizer.conjugate(q), solver.keep(mdp, regularizer, q)
     counts = jnp.asarray(1, jnp.int32), jnp.asarray(0, jnp.int32)
     start = (*first, jnp.asarray(jnp.inf, dtype), solver.start(mdp, value), *counts)
-    last, now, residual, previous, _, steps, products = lax.while_loop(unfinished, body, start)
+    value, backup, _, previous, _, steps, products = lax.while_loop(unfinished, body, start)
 
-    bound = error_bound(now)
+    now, _, residual = look(value, backup)
+    bound = width(now) + now.rounding
     limit = Result.CONVERGED if solver.tolerance is None else Result.PRECISION_LIMIT
     ended = jnp.where(at_rounding(now, previous), limit, Result.MAX_STEPS)
     result = jnp.where(bound <= target, Result.CONVERGED, ended)
-    finite = jnp.all(jnp.isfinite(last.backup)) & jnp.isfinite(bound)
+    finite = jnp.all(jnp.isfinite(backup)) & jnp.isfinite(bound)
     result = jnp.where(finite, result, Result.NOT_FINITE).astype(jnp.int32)
-    value = last.backup + now.middle if solver.is_centred else last.backup
+    value = backup + now.middle if solver.is_centred else backup
     # A policy greedy at a V within e of V* loses 2 e discount / (1 - discount) at most.
     loss = bracket(discounts, -bound, bound, bound)
     return value, result, SolveStats(steps, products, residual, bound, loss.upper - loss.lower), discounts
@@ -179,5 +182,5 @@ def suboptimality(mdp: MDP, discounts: Discounts, value: jax.Array, backup: jax.
     """
     gap = backup - value
     scale = sup_norm(mdp.reward) + sup_norm(value)
-    proven = bracket(discounts, jnp.min(gap), jnp.max(gap), rounding_of_sweep(mdp, scale))
+    proven = bracket(discounts, *min_max(gap), rounding_of_sweep(mdp, scale))
     return 2 * (proven.half_width + proven.rounding)

@@ -16,6 +16,7 @@ from jax.lax import stop_gradient
 
 from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
+from bilevel_jax.reductions import UNROLLED, max_last, sum_last
 from bilevel_jax.validation import as_float, require_distribution, require_positive
 
 
@@ -69,7 +70,7 @@ class Regularizer(eqx.Module):
         0 at actions that are not: an infinity that is divided by the temperature has derivative NaN.
         """
         temperature = jnp.asarray(self.temperature, q.dtype)
-        top = stop_gradient(jnp.max(q, -1))
+        top = stop_gradient(max_last(q))
         available = _is_available(q)
         return jnp.where(available, q - top[..., None], 0) / temperature, top, temperature, available
 
@@ -89,15 +90,16 @@ class ShannonEntropy(Regularizer):
 
     def conjugate(self, q):
         scaled, top, temperature, available = self._scaled(q)
-        return top + temperature * jnp.log(jnp.sum(jnp.where(available, jnp.exp(scaled), 0), -1))
+        return top + temperature * jnp.log(sum_last(jnp.where(available, jnp.exp(scaled), 0)))
 
     def policy(self, q):
         scaled, _, _, available = self._scaled(q)
-        return jax.nn.softmax(scaled, -1, where=available)
+        weight = jnp.where(available, jnp.exp(scaled), 0)
+        return weight / sum_last(weight)[..., None]
 
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
-        return temperature * jnp.sum(_xlogy(policy, policy), -1)
+        return temperature * sum_last(_xlogy(policy, policy))
 
     def linearized_policy(self, policy, q, value):
         """d pi = pi d[(q - value) / temperature], as in Yang, Gao and Yuan 2025."""
@@ -136,7 +138,7 @@ class KLDivergence(Regularizer):
         # The maximum over actions that the reference allows; others must not set the scale.
         reference = jnp.asarray(self.reference, q.dtype)
         temperature = jnp.asarray(self.temperature, q.dtype)
-        top = stop_gradient(jnp.max(jnp.where(reference > 0, q, -jnp.inf), -1))
+        top = stop_gradient(max_last(jnp.where(reference > 0, q, -jnp.inf)))
         taken = (reference > 0) & _is_available(q)
         scaled = jnp.where(taken, q - top[..., None], 0) / temperature
         return scaled, top, temperature, reference
@@ -146,9 +148,9 @@ class KLDivergence(Regularizer):
         available = _is_available(q)
         # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is
         # the sum of the reference: rounding in it would be multiplied by the temperature, its derivative not.
-        mass = jnp.sum(reference, -1)
-        shortfall = jnp.sum(reference * jnp.where(available, jnp.expm1(scaled), -1), -1) + (mass - stop_gradient(mass))
-        total = jnp.sum(reference * jnp.where(available, jnp.exp(scaled), 0), -1)
+        mass = sum_last(reference)
+        shortfall = sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) + (mass - stop_gradient(mass))
+        total = sum_last(reference * jnp.where(available, jnp.exp(scaled), 0))
         near = shortfall > -0.5
         log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
         return top + temperature * log_total
@@ -156,12 +158,12 @@ class KLDivergence(Regularizer):
     def policy(self, q):
         scaled, _, _, reference = self._shifted(q)
         weight = reference * jnp.where(_is_available(q), jnp.exp(scaled), 0)
-        return weight / jnp.sum(weight, -1, keepdims=True)
+        return weight / sum_last(weight)[..., None]
 
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
         reference = jnp.asarray(self.reference, policy.dtype)
-        return temperature * jnp.sum(_xlogy(policy, policy) - _xlogy(policy, reference), -1)
+        return temperature * sum_last(_xlogy(policy, policy) - _xlogy(policy, reference))
 
     def event_ndim(self):
         own = min(self.reference.ndim, 2)
@@ -256,17 +258,23 @@ class Unregularized(Regularizer):
 # The derivative of jnp.max is shared among ties; the operator of the derivative of V takes one action.
 @jax.custom_jvp
 def _maximum(q: jax.Array) -> jax.Array:
-    return jnp.max(q, -1)
+    return max_last(q)
 
 
 @_maximum.defjvp
 def _maximum_jvp(primals, tangents):
     (q,), (q_dot,) = primals, tangents
-    return _maximum(q), jnp.sum(jnp.where(_first_maximum(q), q_dot, 0), -1)
+    return _maximum(q), sum_last(jnp.where(_first_maximum(q), q_dot, 0))
 
 
 def _first_maximum(q: jax.Array) -> jax.Array:
-    return jnp.arange(q.shape[-1]) == jnp.argmax(q, -1, keepdims=True)
+    if q.shape[-1] > UNROLLED:
+        return jnp.arange(q.shape[-1]) == jnp.argmax(q, -1, keepdims=True)
+    top, found, hits = max_last(q), False, []
+    for action in range(q.shape[-1]):
+        hits.append((q[..., action] == top) & ~jnp.asarray(found))
+        found = found | hits[-1]
+    return jnp.stack(hits, -1)
 
 
 def _is_available(q: jax.Array) -> jax.Array:

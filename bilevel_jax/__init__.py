@@ -1,7 +1,19 @@
 """Differentiable regularized Markov decision processes and bilevel reinforcement learning in JAX."""
 
 from bilevel_jax import agents, algorithms, environments, estimators, preferences, problems
-from bilevel_jax.adjoint import GMRES, Descent, Direct, LinearSolver, LinearStats, Neumann
+from bilevel_jax.adjoint import (
+    GMRES,
+    BiCGStab,
+    ConstantDeflation,
+    Descent,
+    Direct,
+    Jacobi,
+    LinearSolver,
+    LinearStats,
+    Neumann,
+    NeumannPreconditioner,
+    Preconditioner,
+)
 from bilevel_jax.average_reward import (
     AverageRewardSolution,
     AverageRewardSolver,
@@ -50,7 +62,9 @@ __all__ = [
     "AverageRewardSolution",
     "AverageRewardSolver",
     "AverageRewardStats",
+    "BiCGStab",
     "BilevelProblem",
+    "ConstantDeflation",
     "ConvergenceError",
     "DenseTransition",
     "Descent",
@@ -59,6 +73,7 @@ __all__ = [
     "Hypergradient",
     "Implicit",
     "InputError",
+    "Jacobi",
     "KLDivergence",
     "Linear",
     "LinearSolver",
@@ -66,7 +81,9 @@ __all__ = [
     "MatrixFreeTransition",
     "ModifiedPolicyIteration",
     "Neumann",
+    "NeumannPreconditioner",
     "PolicyIteration",
+    "Preconditioner",
     "Problem",
     "Regularizer",
     "RelativePolicyIteration",

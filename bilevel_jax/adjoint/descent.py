@@ -6,7 +6,8 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
-from bilevel_jax.adjoint.protocol import LinearSolver, residual_of
+from bilevel_jax.adjoint.neumann import until
+from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, residual_of
 from bilevel_jax.validation import require_setting
 
 
@@ -14,27 +15,45 @@ class Descent(LinearSolver):
     """Gradient steps on |A x - b|^2 / 2 from the guess: x <- x - step_size A' (A x - b).
 
     The adjoint of M-SoBiRL (Yang, Gao and Yuan 2025, Algorithm 1) with `steps` steps an upper
-    iteration (static), warm-started by the algorithm. Always reported as converged.
+    iteration (static), warm-started by the algorithm.
+
+    Args:
+      step_size: of a gradient step.
+      steps: gradient steps at most, two products each.
+      tolerance: |b - A x|_2 / |b|_2 at which to stop earlier, and above which the solve is reported as
+        not converged. None takes all steps and always reports convergence.
+
+    Raises:
+      InputError: step_size or tolerance below 0, steps below 1.
     """
 
     step_size: Any = 0.5
     steps: int = eqx.field(default=1, static=True)
+    tolerance: Any = None
 
     def __check_init__(self):
         require_setting("step_size", self.step_size, 0, "0.5 is usual")
         require_setting("steps", self.steps, 1, "1 is usual", whole=True)
+        if self.tolerance is not None:
+            require_setting("tolerance", self.tolerance, 0, "None takes all steps")
 
     def relative_tolerance(self, dtype):
         del dtype
-        return jnp.inf
+        return jnp.inf if self.tolerance is None else self.tolerance
+
+    def takes_rounding(self):
+        return self.tolerance is None
 
     def solve(self, operator, prepared, rhs, guess, transpose):
         del prepared
         system = (operator.T if transpose else operator).fold()
         step_size = jnp.asarray(self.step_size, rhs.dtype)
+        start = jnp.zeros_like(rhs) if guess is None else guess
 
-        def step(_, x):
-            gap = residual_of(system, x, rhs)
+        def step(x, gap):
             return x + step_size * (gap - system.T.apply(gap))
 
-        return lax.fori_loop(0, self.steps, step, guess), jnp.asarray(self.steps)
+        if self.tolerance is None:
+            x = lax.fori_loop(0, self.steps, lambda _, x: step(x, residual_of(system, x, rhs)), start)
+            return Attempt(x, jnp.asarray(2 * self.steps, jnp.int32), jnp.asarray(False))
+        return until(step, system, rhs, start, self.steps, jnp.asarray(self.tolerance, rhs.dtype), products=2)

@@ -1,28 +1,48 @@
 """LU factorization."""
 
+import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import lu_factor, lu_solve
 
-from bilevel_jax.adjoint.protocol import LinearSolver
+from bilevel_jax.adjoint.protocol import Attempt, LinearSolver
 from bilevel_jax.batching import one_at_a_time_on_cpu
+from bilevel_jax.errors import InputError
+
+# A matrix of so many states is 3.2 GB in float64, and some 5e12 operations to factorize.
+MOST_STATES = 20_000
 
 
 class Direct(LinearSolver):
-    """LU factorization of the S x S matrix, shared by all solves with it: O(S^3) time, O(S^2) memory."""
+    """LU factorization of the S x S matrix, shared by all solves with it: O(S^3) time, O(S^2) memory.
+
+    Raises:
+      InputError: from `solve`, for more than 20,000 states.
+    """
 
     def prepare(self, operator):
+        _require_few_states(operator)
         return _factorize(operator)
 
     def solve(self, operator, prepared, rhs, guess, transpose):
         del guess
+        _require_few_states(operator)
         if prepared is None:
             x = _solve_transpose(operator, rhs) if transpose else _solve(operator, rhs)
         else:
             x = _substitute_transpose(prepared, rhs) if transpose else _substitute(prepared, rhs)
-        return x, jnp.asarray(1)
+        return Attempt(x, jnp.asarray(1, jnp.int32), jnp.asarray(True))
 
     def relative_tolerance(self, dtype):
         return float(jnp.finfo(dtype).eps) ** 0.5
+
+
+def _require_few_states(operator):
+    states = jax.eval_shape(operator.matrix).shape[-1]
+    if states > MOST_STATES:
+        raise InputError(
+            f"Direct: the MDP has {states} states and the factorization needs a matrix [S, S]; above {MOST_STATES} "
+            f"use BiCGStab() or GMRES()"
+        )
 
 
 def _lu(operator):

@@ -8,19 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bilevel_jax.adjoint.bicgstab import BiCGStab
 from bilevel_jax.adjoint.direct import Direct
-from bilevel_jax.adjoint.gmres import GMRES
-from bilevel_jax.adjoint.protocol import LinearSolver, LinearStats, residual_of
+from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, LinearStats, power_of_two, residual_of
 from bilevel_jax.results import Result
-from bilevel_jax.transitions import StateOperator
+from bilevel_jax.transitions import PolicyOperator, StateOperator, TransposedOperator
 
 # Below this many states a factorization is cheaper than Krylov iterations (docs/performance.md).
 DIRECT_LIMIT = 512
+# In units of eps |x|: a residual that rounding leaves even to a good solution; and one that a solver which
+# gains nothing any more may blame on rounding.
+FLOOR = 8
+NEAR_FLOOR = 1000
 
 
 def default_linear_solver(num_states: int) -> LinearSolver:
-    """Direct up to `DIRECT_LIMIT` states, GMRES above."""
-    return Direct() if num_states <= DIRECT_LIMIT else GMRES()
+    """Direct up to `DIRECT_LIMIT` states, BiCGStab above."""
+    return Direct() if num_states <= DIRECT_LIMIT else BiCGStab()
 
 
 def linear_solve(
@@ -57,7 +61,7 @@ def linear_solve(
     prepared = frozen_solver.prepare(frozen) if share else None
 
     def solve(b, flip):
-        return _solve_once(frozen_solver, prepared, frozen, modulus, b, jnp.zeros_like(b), flip, poison)
+        return _solve_once(frozen_solver, prepared, frozen, modulus, b, None, flip, poison)
 
     system = operator.T if transpose else operator
     return lax.custom_linear_solve(
@@ -70,9 +74,10 @@ def linear_solve(
 
 
 def _solve_once(solver, prepared, operator, modulus, rhs, guess, transpose, poison):
-    x, steps = solver.solve(operator, prepared, rhs, guess, transpose)
-    stats = _stats(solver, operator.T if transpose else operator, modulus, x, rhs, steps, transpose)
-    return (jnp.where(stats.result == Result.CONVERGED, x, jnp.nan) if poison else x), stats
+    attempt = solver.solve(operator, prepared, rhs, guess, transpose)
+    stats = _stats(solver, operator.T if transpose else operator, modulus, attempt, rhs, transpose)
+    x = jnp.where(stats.result == Result.CONVERGED, attempt.x, jnp.nan) if poison else attempt.x
+    return x, stats
 
 
 # `custom_linear_solve` has one `solve` for the right-hand side and for its tangents; a guess is right for one.
@@ -108,12 +113,33 @@ def zero_tangents(tree: Any) -> Any:
     return jax.tree.map(zero, tree)
 
 
-def _stats(solver, system, modulus, x, rhs, steps, transpose) -> LinearStats:
-    gap = residual_of(system, x, rhs)
-    residual = jnp.sum(jnp.abs(gap)) if transpose else jnp.max(jnp.abs(gap))
+def _stats(solver, system, modulus, attempt: Attempt, rhs, transpose) -> LinearStats:
+    x = attempt.x
+    gap = residual_of(system, x, rhs) if attempt.gap is None else attempt.gap
+    eps = jnp.finfo(rhs.dtype).eps
+    scale = power_of_two(rhs, x)  # squares of what is finite must not overflow
+    length, asked, size = (jnp.linalg.norm(vector / scale) for vector in (gap, rhs, x))
     tolerance = jnp.asarray(solver.relative_tolerance(rhs.dtype), rhs.dtype)
-    rounding = 8 * jnp.finfo(rhs.dtype).eps * jnp.linalg.norm(x)
-    ok = jnp.linalg.norm(gap) <= 1.01 * tolerance * jnp.linalg.norm(rhs) + rounding
-    result = jnp.where(ok, Result.CONVERGED, Result.MAX_STEPS)
+    allowed = FLOOR * eps * size
+    ok = (length <= 1.01 * tolerance * asked) | (solver.takes_rounding() & (length <= allowed))
+    limited = (length <= allowed) | (attempt.stalled & (length <= NEAR_FLOOR * eps * (size + asked)))
+    result = jnp.where(ok, Result.CONVERGED, jnp.where(limited, Result.PRECISION_LIMIT, Result.MAX_STEPS))
     result = jnp.where(jnp.all(jnp.isfinite(x)), result, Result.NOT_FINITE)
-    return LinearStats(result.astype(jnp.int32), steps, residual, residual / (1 - modulus))
+
+    def norm(vector):
+        return jnp.sum(jnp.abs(vector)) if transpose else jnp.max(jnp.abs(vector))
+
+    # Each entry of the residual is a sum of products, of b and of x, each with an error of eps / 2 of its size.
+    rounding = eps * (_terms(system) * modulus * norm(x) + 2 * (norm(x) + norm(rhs)))
+    residual = norm(gap)
+    return LinearStats(result.astype(jnp.int32), attempt.steps, residual, (residual + rounding) / (1 - modulus))
+
+
+def _terms(operator: StateOperator) -> int:
+    """About how many summands an entry of M x has; for a transpose, on average."""
+    if isinstance(operator, TransposedOperator):
+        return _terms(operator.operator)
+    if isinstance(operator, PolicyOperator):
+        return operator.transition.terms + operator.weights.shape[-1]
+    entries = sum(leaf.size for leaf in jax.tree.leaves(operator) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    return -(-entries // jax.eval_shape(operator.diagonal).shape[0])

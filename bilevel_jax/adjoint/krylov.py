@@ -1,0 +1,186 @@
+"""What the Krylov solvers share: restarts from the true residual, fallback sweeps, stopping, batching."""
+
+import abc
+import functools
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevel_jax.adjoint.preconditioners import Preconditioner
+from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, default_tolerance, power_of_two, residual_of
+from bilevel_jax.batching import one_at_a_time_on_cpu
+from bilevel_jax.transitions import PolicyOperator, StateOperator, TransposedOperator
+from bilevel_jax.validation import require_instance, require_setting
+
+# A segment that gains nothing is followed by this many plain sweeps x <- b + M x, which contract in the sup
+# norm (in the 1-norm if transposed) whatever M, and by another segment; after so many in a row it ends.
+SWEEPS = 8
+FAILURES = 3
+# In units of eps |x|: where the default tolerance is below, this is what ends a solve; and a segment that gains
+# nothing this near to rounding is the last.
+FLOOR = 4
+NEAR_FLOOR = 64
+
+
+class Progress(NamedTuple):
+    """Where a solve stands: `x`[S] with its true residual `gap`[S], |gap|_2, and what it has cost."""
+
+    x: jax.Array
+    gap: jax.Array
+    norm: jax.Array
+    best: tuple[jax.Array, jax.Array, jax.Array]
+    steps: jax.Array
+    segments: jax.Array
+    failures: jax.Array
+    near: jax.Array
+
+
+class KrylovSolver(LinearSolver):
+    """Segments of a Krylov method, each from the true residual of the last; the best iterate is returned."""
+
+    tolerance: eqx.AbstractVar[Any]
+    preconditioner: eqx.AbstractVar[Preconditioner | None]
+
+    def __check_init__(self):
+        if self.tolerance is not None:
+            require_setting("tolerance", self.tolerance, 0, "None chooses by the dtype")
+        require_instance("preconditioner", self.preconditioner, Preconditioner | None)
+
+    @abc.abstractmethod
+    def segment(self, contraction, gap, norm, target, budget) -> tuple[jax.Array, jax.Array]:
+        """(u[S], applications of `contraction`): u - contraction(u) nearer to `gap` than 0 is.
+
+        Ends as soon as its estimate of the residual is at most `target`, or after `budget` products or so.
+        `norm` is |gap|_2, above 0.
+        """
+
+    @abc.abstractmethod
+    def limits(self) -> tuple[Any, Any]:
+        """Most segments, most products."""
+
+    def relative_tolerance(self, dtype):
+        return default_tolerance(self.tolerance, dtype)
+
+    def takes_rounding(self):
+        return self.tolerance is None
+
+    def prepare(self, operator):
+        return None if self.preconditioner is None else self.preconditioner.prepare(operator)
+
+    def solve(self, operator, prepared, rhs, guess, transpose):
+        return _batchable(transpose)(operator, self, prepared, rhs, guess)
+
+
+def _run(fold, transpose, operator, solver, prepared, rhs, guess):
+    scale = power_of_two(rhs) if guess is None else power_of_two(rhs, guess)
+    if prepared is None:
+        prepared = solver.prepare(operator)
+    system = operator.T if transpose else operator
+    out = _restarted(solver, system.fold() if fold else system, prepared, rhs / scale, _over(guess, scale), transpose)
+    return Attempt(out.x * scale, out.steps, out.stalled, out.gap * scale)
+
+
+def _over(guess, scale):
+    return None if guess is None else guess / scale
+
+
+def _restarted(solver, system, prepared, rhs, guess, transpose):
+    dtype = rhs.dtype
+    eps = jnp.finfo(dtype).eps
+    target = jnp.asarray(solver.relative_tolerance(dtype), dtype) * jnp.linalg.norm(rhs)
+    most_segments, most_steps = (jnp.asarray(limit, jnp.int32) for limit in solver.limits())
+    preconditioner = solver.preconditioner
+
+    if preconditioner is None:
+        contraction, expand, extra = system.apply, lambda u: u, 0
+    else:
+
+        def expand(u):
+            return preconditioner.apply(prepared, u, transpose)
+
+        def contraction(u):
+            z = expand(u)
+            return u - z + system.apply(z)
+
+        extra = preconditioner.products
+
+    def stop_at(x):
+        # Without a tolerance of one's own, what rounding leaves is enough.
+        return jnp.maximum(target, FLOOR * eps * jnp.linalg.norm(x)) if solver.takes_rounding() else target
+
+    def unfinished(p):
+        going = (p.norm > stop_at(p.x)) & (p.segments < most_segments) & (p.steps < most_steps)
+        return going & (p.failures < FAILURES) & ~p.near
+
+    def body(p):
+        u, applied = solver.segment(contraction, p.gap, p.norm, stop_at(p.x), (most_steps - p.steps) // (1 + extra))
+        x = p.x + expand(u)
+        gap = residual_of(system, x, rhs)
+        norm = jnp.linalg.norm(gap)
+        steps = p.steps + applied * (1 + extra) + extra + 1
+        gained = norm < p.norm  # False also for NaN
+        level = eps * jnp.linalg.norm(p.x)
+
+        def accept(_):
+            return x, gap, norm, steps, p.failures
+
+        def sweep(_):
+            x, gap = lax.fori_loop(0, SWEEPS, lambda _, c: (c[0] + c[1], system.apply(c[1])), (p.x, p.gap))
+            gap = residual_of(system, x, rhs)
+            return x, gap, jnp.linalg.norm(gap), steps + SWEEPS + 1, p.failures + 1
+
+        x, gap, norm, steps, failures = lax.cond(gained, accept, sweep, None)
+        better = norm < p.best[2]
+        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (x, gap, norm), p.best)
+        near = ~gained & (p.norm <= NEAR_FLOOR * level)
+        # Sweeps may raise the 2-norm for a while; only a new best ends the row of failures.
+        return Progress(x, gap, norm, best, steps, p.segments + 1, jnp.where(better, 0, failures), near)
+
+    zero = jnp.asarray(0, jnp.int32)
+    if guess is None:
+        x, gap = jnp.zeros_like(rhs), rhs
+    else:
+        x, gap = guess, residual_of(system, guess, rhs)
+    norm = jnp.linalg.norm(gap)
+    start = Progress(x, gap, norm, (x, gap, norm), zero, zero, zero, jnp.asarray(False))
+    out = lax.while_loop(unfinished, body, start)
+    x, gap, _ = out.best
+    return Attempt(x, out.steps, (out.failures >= FAILURES) | out.near, gap)
+
+
+def _shared(operator_batched: StateOperator) -> bool:
+    """Whether a batch shares its transitions: products with it are then one product with several vectors."""
+    if isinstance(operator_batched, TransposedOperator):
+        return _shared(operator_batched.operator)
+    part = operator_batched.transition if isinstance(operator_batched, PolicyOperator) else operator_batched
+    return not any(jax.tree.leaves(part))
+
+
+@functools.cache
+def _batchable(transpose: bool):
+    """`_run` with a batching rule: lockstep where transitions are shared, else as `one_at_a_time_on_cpu` says.
+
+    Lockstep reads the transitions once for the whole batch. With transitions of its own each element
+    gains nothing from the others, and ends at its own time.
+    """
+    single = functools.partial(_run, True, transpose)
+    apart = one_at_a_time_on_cpu(single)
+    mapped = jax.custom_batching.custom_vmap(single)
+
+    @mapped.def_vmap
+    def rule(axis_size, in_batched, *args):
+        del axis_size
+        in_axes = jax.tree.map(lambda batched: 0 if batched else None, list(in_batched))
+        if not _shared(in_batched[0]):
+            out = jax.vmap(apart, tuple(in_axes))(*args)
+        else:
+            # Folding a policy an element in would give each transitions of its own.
+            function = functools.partial(_run, not any(jax.tree.leaves(in_batched[0])), transpose)
+            # Further batch axes around this one are further batches of whole solves.
+            out = one_at_a_time_on_cpu(lambda *a: jax.vmap(function, tuple(in_axes))(*a))(*args)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return mapped

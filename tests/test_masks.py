@@ -170,7 +170,7 @@ def test_a_state_without_any_action_is_not_finite():
 @pytest.mark.parametrize(("kind", "layout"), [*((kind, "dense") for kind in KINDS), ("shannon", "successor")])
 def test_solution_without_the_absent(kind, layout):
     want, policy = absent_solution(kind, PROCESS.dense, PROCESS.reward, DISCOUNT)
-    solution = bj.solve(make(layout), regularizer(kind))
+    solution = bj.check(bj.solve(make(layout), regularizer(kind)))
     np.testing.assert_allclose(solution.value, want, rtol=1e-12)
     np.testing.assert_allclose(solution.policy, policy, rtol=1e-10, atol=1e-13)
     np.testing.assert_array_equal(np.isneginf(solution.q), ABSENT)
@@ -334,6 +334,19 @@ def test_unregularized_has_no_leaves_and_no_temperature_to_give():
             bj.InputError, match=r"temperature must be above 0, got 0; .*bilevel_jax\.Unregularized\(\)"
         ):
             kind(0)
+
+
+def test_unregularized_hypergradient_of_a_value_and_of_a_policy():
+    def upper(objective):
+        problem = bj.BilevelProblem(lambda x: make(reward=PROCESS.reward * x), UNREGULARIZED, objective)
+        return bj.hypergradient(problem, jnp.asarray(2.0))
+
+    made = bj.check(upper(lambda x, solution: solution.value[0]))
+    np.testing.assert_allclose(made.gradient, made.value / 2, rtol=1e-12)  # V is linear in the scale of the reward
+    with pytest.raises(bj.InputError, match="piecewise constant and has no derivative"):
+        upper(lambda x, solution: solution.policy[0, 1])
+    with pytest.raises(bj.InputError, match="piecewise constant and has no derivative"):
+        jax.grad(lambda r: bj.solve(make(reward=r), UNREGULARIZED).policy[0, 1])(jnp.asarray(PROCESS.reward))
 
 
 # What is refused

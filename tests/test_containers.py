@@ -1,106 +1,12 @@
-"""Transitions, their operators and the MDP as pytrees, against brute-force numpy."""
-
-import itertools
+"""The MDP as a pytree: shapes, batch axes, dtypes."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ACTIONS, LAYOUTS, SLOTS, STATES, densify, make_mdp, random_process, transition
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
+from helpers import ACTIONS, LAYOUTS, STATES, make_mdp, random_process, transition
 
 import bilevel_jax as bj
-from bilevel_jax.transitions import PolicyOperator
-
-PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
-NUMBERS = st.floats(-1e3, 1e3, width=64)
-WEIGHTS = st.floats(1e-3, 1.0, width=64)
-
-expect = jax.jit(lambda kernel, v: kernel.expect(v))
-push = jax.jit(lambda kernel, d: kernel.push(d))
-matrix = jax.jit(lambda kernel, w: kernel.under(w).matrix())
-
-
-@jax.jit
-def products(kernel, weights, v):
-    """M v and M' v by every route there is."""
-    forward, backward = [], []
-    for m in (kernel.under(weights), PolicyOperator(kernel, weights), PolicyOperator(kernel, weights).T.fold().T):
-        forward += [m.apply(v), m.T.apply_transpose(v), m.matrix() @ v, m.T.T.apply(v)]
-        backward += [m.apply_transpose(v), m.T.apply(v), v @ m.matrix(), m.T.matrix() @ v]
-    return jnp.stack(forward), jnp.stack(backward)
-
-
-@st.composite
-def kernels(draw):
-    """(dense P [S, A, S], the same as dense or successor kernel); successors often repeat."""
-    shape = (SLOTS, STATES, ACTIONS)
-    successor = draw(arrays(np.int32, shape, elements=st.integers(0, STATES - 1)))
-    weight = draw(arrays(float, shape, elements=WEIGHTS))
-    probability = weight / weight.sum(0)
-    dense = densify(successor, probability)
-    if draw(st.booleans()):
-        return dense, bj.DenseTransition(dense)
-    return dense, bj.SuccessorTransition(successor, probability)
-
-
-@PROPERTY
-@given(kernels(), arrays(float, STATES, elements=NUMBERS), arrays(float, (STATES, ACTIONS), elements=NUMBERS))
-def test_push_is_the_transpose_of_expect(kernel, v, d):
-    dense, kernel = kernel
-    expected, pushed = expect(kernel, v), push(kernel, d)
-    scale = np.abs(d).sum() * np.abs(v).max() + 1e-300
-    assert abs(np.vdot(expected, d) - np.vdot(v, pushed)) <= 1e-13 * scale
-    np.testing.assert_allclose(expected, np.einsum("saj,j->sa", dense, v), rtol=1e-12, atol=1e-12 * np.abs(v).max())
-    np.testing.assert_allclose(pushed, np.einsum("saj,sa->j", dense, d), rtol=1e-12, atol=1e-12 * np.abs(d).sum())
-
-
-@PROPERTY
-@given(kernels(), arrays(float, (STATES, ACTIONS), elements=NUMBERS), arrays(float, STATES, elements=NUMBERS))
-def test_under_folds_the_weights(kernel, weights, v):
-    dense, kernel = kernel
-    brute = np.zeros((STATES, STATES))
-    for s, a, j in itertools.product(range(STATES), range(ACTIONS), range(STATES)):
-        brute[s, j] += weights[s, a] * dense[s, a, j]
-    size = np.abs(weights).sum()
-    np.testing.assert_allclose(matrix(kernel, weights), brute, rtol=1e-12, atol=1e-13 * size)
-    forward, backward = products(kernel, weights, v)
-    for got, want in [(forward, brute @ v), (backward, brute.T @ v)]:
-        np.testing.assert_allclose(got, np.tile(want, (12, 1)), rtol=1e-12, atol=1e-13 * size * np.abs(v).max())
-
-
-def test_dense_and_successor_agree():
-    process = random_process(0)
-    dense, sparse = (transition(process, layout) for layout in LAYOUTS)
-    rng = np.random.default_rng(1)
-    v, d = jnp.asarray(rng.normal(size=STATES)), jnp.asarray(rng.normal(size=(STATES, ACTIONS)))
-    assert dense.shape == sparse.shape == (STATES, ACTIONS)
-    assert len(np.unique(process.successor[:, 0, 0])) < SLOTS  # successors repeat
-    np.testing.assert_allclose(dense.expect(v), sparse.expect(v), rtol=1e-14, atol=1e-15)
-    np.testing.assert_allclose(dense.push(d), sparse.push(d), rtol=1e-14, atol=1e-15)
-    np.testing.assert_allclose(matrix(dense, d), matrix(sparse, d), rtol=1e-14, atol=1e-15)
-    for kernel in (dense, sparse):  # numpy arrays too
-        np.testing.assert_array_equal(kernel.expect(np.asarray(v)), kernel.expect(v))
-        np.testing.assert_array_equal(kernel.push(np.asarray(d)), kernel.push(d))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_products_differentiate_in_the_probabilities(layout):
-    # <d, P v> is linear in P: the gradient is the outer product, at a repeated successor in every slot.
-    process = random_process(2)
-    rng = np.random.default_rng(3)
-    v, d = jnp.asarray(rng.normal(size=STATES)), jnp.asarray(rng.normal(size=(STATES, ACTIONS)))
-    kernel = transition(process, layout)
-    grads = [
-        jax.grad(lambda k: jnp.vdot(d, k.expect(v)), allow_int=True)(kernel),
-        jax.grad(lambda k: jnp.vdot(v, k.push(d)), allow_int=True)(kernel),
-        jax.grad(lambda k: k.under(d).apply(v).sum(), allow_int=True)(kernel),
-    ]
-    want = d[..., None] * v if layout == "dense" else d * v[process.successor]
-    for grad in grads:
-        np.testing.assert_allclose(grad.probability, want, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -30,9 +30,9 @@ class StateOperator(eqx.Module):
     def matrix(self) -> jax.Array:
         """M itself, [S, S]."""
 
-    @abc.abstractmethod
     def diagonal(self) -> jax.Array:
         """M[s, s], [S]."""
+        return jnp.diagonal(self.matrix())
 
     def fold(self) -> "StateOperator":
         """The same map, made ready for many products."""
@@ -117,7 +117,7 @@ class Transition(eqx.Module):
 
     def select(self, action: jax.Array, weight: jax.Array) -> StateOperator:
         """M[s, s'] = weight[s] P[s, action[s], s'] for action int[S] and weight[S]: `under` a deterministic policy."""
-        chosen = jnp.arange(self.shape[-1]) == action[:, None]
+        chosen = jnp.arange(self.shape[-1], dtype=action.dtype) == action[:, None]
         return self.under(jnp.where(chosen, weight[:, None], 0))
 
 

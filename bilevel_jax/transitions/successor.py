@@ -1,6 +1,6 @@
 """Lists of successors, [K, S, A]."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -10,6 +10,9 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.reductions import sum_last, sum_slots
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.validation import as_array, as_float, require_distribution, require_index
+
+if TYPE_CHECKING:
+    from bilevel_jax.transitions.predecessor import PredecessorLists
 
 
 class SuccessorOperator(StateOperator):
@@ -40,6 +43,8 @@ class SuccessorTransition(Transition):
     slots (docs/performance.md). Unused slots have probability 0 and any valid successor; a successor
     may stand in several slots.
 
+    `predecessors` is None, or what `with_predecessors` made.
+
     Raises:
       InputError: shapes that differ, successors that are no integers or out of range, no action,
         negative probabilities, or probabilities that do not sum to 1 over the slots.
@@ -47,8 +52,10 @@ class SuccessorTransition(Transition):
 
     successor: jax.Array
     probability: jax.Array
+    predecessors: "PredecessorLists | None"
 
     def __init__(self, successor: Any, probability: Any):
+        self.predecessors = None
         self.probability = as_float("transition.probability", probability)
         index = as_array("transition.successor", successor)
         if not jnp.issubdtype(index.dtype, jnp.integer):
@@ -80,7 +87,10 @@ class SuccessorTransition(Transition):
         return eqx.tree_at(lambda t: t.probability, self, self.probability.astype(dtype))
 
     def event_ndim(self):
-        return eqx.tree_at(lambda t: (t.successor, t.probability), self, (3, 3))
+        axes = eqx.tree_at(lambda t: (t.successor, t.probability), self, (3, 3))
+        if self.predecessors is None:
+            return axes
+        return eqx.tree_at(lambda t: (t.predecessors.entry, t.predecessors.owner), axes, (2, 1))
 
     def validate(self):
         require_distribution(
@@ -91,10 +101,32 @@ class SuccessorTransition(Transition):
         return _expect(self.successor, self.probability, values)
 
     def push(self, masses):
-        return _scatter(self.probability * masses, self.successor, masses.shape[0])
+        flow = self.probability * masses
+        if self.predecessors is not None:
+            return self.predecessors.push(flow, masses.shape[0])
+        return _scatter(flow, self.successor, masses.shape[0])
 
     def under(self, weights):
-        return SuccessorOperator(self.successor, self.probability * weights)
+        operator = SuccessorOperator(self.successor, self.probability * weights)
+        return operator if self.predecessors is None else self.predecessors.fold(operator)
+
+    def with_predecessors(self) -> "SuccessorTransition":
+        """The same kernel with lists of predecessors, so that transposed products are gathers as well.
+
+        It pays where products with a folded transpose are many: adjoint solves, gradients in reverse
+        mode, occupancies. The lists take as much memory as the successors and a sort of K S A numbers on
+        the host, once; they depend on the successors alone, so that probabilities may be anything,
+        traced or differentiated. Their shapes depend on the in-degrees: an MDP with others may compile
+        anew (counts are rounded up so that like ones do not).
+
+        Raises:
+          InputError: called with traced successors, under jit or vmap.
+        """
+        from bilevel_jax.transitions.predecessor import predecessor_lists
+
+        return eqx.tree_at(
+            lambda t: t.predecessors, self, predecessor_lists(self.successor), is_leaf=lambda x: x is None
+        )
 
     def diagonal(self):
         return _stay(self.successor, self.probability)
@@ -104,7 +136,7 @@ class SuccessorTransition(Transition):
         slots, states, actions = self.successor.shape
         pair = jnp.arange(states, dtype=jnp.int32) * actions + action.astype(jnp.int32)
         rows = [
-            jnp.stack([_gather(array[k].reshape(-1), pair) for k in range(slots)])[..., None]
+            jnp.stack([gather(array[k].reshape(-1), pair) for k in range(slots)])[..., None]
             for array in (self.successor, self.probability)
         ]
         return SuccessorOperator(rows[0], rows[1] * weight[:, None])
@@ -112,7 +144,7 @@ class SuccessorTransition(Transition):
 
 def _expect(successor: jax.Array, weight: jax.Array, values: jax.Array) -> jax.Array:
     """sum_k weight[k] values[successor[k]], [S, A]: one gather a slot, several times faster than one of all slots."""
-    return sum_slots(lambda index, w: w * _gather(values, index), successor, weight)
+    return sum_slots(lambda index, w: w * gather(values, index), successor, weight)
 
 
 def _stay(successor: jax.Array, weight: jax.Array) -> jax.Array:
@@ -120,7 +152,8 @@ def _stay(successor: jax.Array, weight: jax.Array) -> jax.Array:
     return sum_slots(lambda index, w: jnp.where(index == own, w, 0), successor, weight)
 
 
-def _gather(values: jax.Array, index: jax.Array) -> jax.Array:
+def gather(values: jax.Array, index: jax.Array) -> jax.Array:
+    """values[index], for indices that are in bounds."""
     # Indices are checked when the kernel is built; skipping the clamp is worth a factor of 2 and more.
     return jnp.asarray(values).at[index].get(mode="promise_in_bounds")
 

@@ -1,0 +1,237 @@
+"""Grids and bands: successors at fixed offsets from the state, without a list of indices."""
+
+import math
+import operator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevel_jax.errors import InputError
+from bilevel_jax.reductions import sum_last
+from bilevel_jax.transitions.protocol import StateOperator, Transition
+from bilevel_jax.transitions.successor import SuccessorTransition
+from bilevel_jax.validation import as_float, is_known, require_distribution
+
+# More offsets than this and lists of successors are the better form.
+MOST_OFFSETS = 32
+
+
+class StencilOperator(StateOperator):
+    """M[s, s + offset_k] = weight[k, s] for the flat `offsets` of K diagonals; `incoming` is M' in the same form."""
+
+    offsets: tuple[int, ...] = eqx.field(static=True)
+    weight: jax.Array
+    incoming: jax.Array
+
+    def apply(self, values):
+        return _shifted_sum(self.offsets, self.weight, values)
+
+    def apply_transpose(self, masses):
+        return _shifted_sum(tuple(-o for o in self.offsets), self.incoming, masses)
+
+    def matrix(self):
+        size = self.weight.shape[-1]
+        rows = jnp.arange(size)
+        # An entry beyond either end has weight 0, wherever it is written.
+        columns = jnp.stack([(rows + o) % size for o in self.offsets])
+        return jnp.zeros((size, size), self.weight.dtype).at[rows, columns].add(self.weight)
+
+    def diagonal(self):
+        return _at_zero(self.offsets, self.weight)
+
+
+class StencilTransition(Transition):
+    """Successors at fixed offsets on a grid: slot k of state s leads to the cell of s plus `offsets[k]`.
+
+    Args:
+      offsets: K steps, each with one whole number for each axis of the grid; static.
+      probability: [K, S, A], S being the number of cells. A step that would leave the grid has
+        probability 0; to stay is the offset of zeros, so walls are expressed by its probability.
+      grid: the lengths of the grid's axes, of cells in row-major order; static. One axis makes a
+        banded kernel.
+
+    A product reads each probability once and no index: several times faster than lists of successors
+    where memory is the limit, and its transpose is as fast. Folded under a policy it is K numbers a state.
+    Where the probabilities are traced, steps that leave the grid go unchecked; they must be 0, and
+    derivatives in them mean nothing.
+
+    Raises:
+      InputError: shapes or offsets that do not fit the grid, negative probabilities, sums over the slots
+        that are not 1, or a step off the grid with a probability above 0.
+    """
+
+    offsets: tuple[tuple[int, ...], ...] = eqx.field(static=True)
+    probability: jax.Array
+    grid: tuple[int, ...] = eqx.field(static=True)
+
+    def __init__(self, offsets: Any, probability: Any, grid: Any):
+        self.grid = _whole_numbers("grid", grid)
+        self.offsets = tuple(_whole_numbers("offsets", offset) for offset in offsets)
+        self.probability = as_float("transition.probability", probability)
+        if not self.grid or min(self.grid) < 1:
+            raise InputError(f"grid: expected the lengths of its axes, each at least 1, got {self.grid}")
+        if any(len(offset) != len(self.grid) for offset in self.offsets) or not self.offsets:
+            raise InputError(
+                f"offsets: expected steps with {len(self.grid)} numbers each, as the grid {self.grid} has axes, got "
+                f"{self.offsets}"
+            )
+        shape = self.probability.shape
+        expected = (len(self.offsets), math.prod(self.grid))
+        if len(shape) < 3 or shape[-3:-1] != expected:
+            raise InputError(
+                f"transition.probability: expected shape [K, S, A] with K, S = {list(expected)}, for {expected[0]} "
+                f"offsets on the grid {self.grid} (batch axes first), got {list(shape)}"
+            )
+        self.validate()
+
+    @property
+    def shape(self):
+        return self.probability.shape[:-3] + self.probability.shape[-2:]
+
+    @property
+    def dtype(self):
+        return self.probability.dtype
+
+    @property
+    def terms(self):
+        return len(self.offsets)
+
+    def astype(self, dtype):
+        return eqx.tree_at(lambda t: t.probability, self, self.probability.astype(dtype))
+
+    def event_ndim(self):
+        return eqx.tree_at(lambda t: t.probability, self, 3)
+
+    def validate(self):
+        name = "transition.probability"
+        require_distribution(name, self.probability, -3, "divide by the sum over the slots: p / p.sum(-3)")
+        if not is_known(self.probability):
+            return
+        inside, known = self._inside(), np.asarray(self.probability)
+        for k, offset in enumerate(self.offsets):
+            outside = np.flatnonzero(~inside[k])
+            leaves = known[..., k, outside, :] > 0
+            if leaves.any():
+                state = outside[np.argwhere(leaves)[0][-2]]
+                raise InputError(
+                    f"{name}: slot {k}, offset {offset}, has a positive probability at state {state}, cell "
+                    f"{tuple(int(i) for i in np.unravel_index(state, self.grid))}, from where it leaves the grid "
+                    f"{self.grid}; give it to the offset of zeros, to stay, or to another cell"
+                )
+
+    def expect(self, values):
+        flat = self._flat_offsets()
+        return sum(p * v[:, None] for p, v in zip(self.probability, _shifts(values, flat), strict=True))
+
+    def push(self, masses):
+        return sum(
+            jnp.roll(sum_last(p * masses), o) for p, o in zip(self.probability, self._flat_offsets(), strict=True)
+        )
+
+    def under(self, weights):
+        return self._operator([sum_last(p * weights) for p in self.probability])
+
+    def diagonal(self):
+        return _at_zero(self._flat_offsets(), self.probability)
+
+    def select(self, action, weight):
+        states, actions = self.probability.shape[1:]
+        pair = jnp.arange(states, dtype=jnp.int32) * actions + action.astype(jnp.int32)
+        rows = (p.reshape(-1).at[pair].get(mode="promise_in_bounds") for p in self.probability)
+        return self._operator([row * weight for row in rows])
+
+    def to_successors(self) -> SuccessorTransition:
+        """The same kernel as lists of successors; one that is off the grid becomes the state itself."""
+        states = np.arange(math.prod(self.grid), dtype=np.int32)
+        flat = np.asarray(self._flat_offsets(), np.int32)[:, None]
+        successor = np.where(self._inside(), states + flat, states)
+        return SuccessorTransition(
+            jnp.broadcast_to(jnp.asarray(successor)[..., None], self.probability.shape), self.probability
+        )
+
+    @classmethod
+    def from_successors(cls, transition: SuccessorTransition, grid: Any) -> "StencilTransition":
+        """Lists of successors on a grid of S cells, by the offsets that occur in them.
+
+        A slot whose probability is known to be 0 counts as unused. Differentiable in the probabilities.
+
+        Raises:
+          InputError: a grid that has not S cells, successors that are traced, or more than 32 offsets.
+        """
+        grid = _whole_numbers("grid", grid)
+        states = transition.shape[-2]
+        if math.prod(grid) != states:
+            raise InputError(f"grid: {grid} has {math.prod(grid)} cells, the transition has {states} states")
+        if not is_known(transition.successor):
+            raise InputError("transition.successor: offsets are static; call from_successors outside jit and vmap")
+        successor, probability = np.asarray(transition.successor), transition.probability
+        cells = np.stack(np.unravel_index(np.arange(states), grid), -1)
+        steps = cells[successor] - cells[:, None]
+        span = 2 * np.asarray(grid) - 1
+        code = np.ravel_multi_index(tuple(np.moveaxis(steps + np.asarray(grid) - 1, -1, 0)), tuple(span))
+        used = np.asarray(probability) > 0 if is_known(probability) else np.ones(code.shape, bool)
+        codes = np.unique(code[used])
+        if codes.size > MOST_OFFSETS:
+            raise InputError(
+                f"transition: its successors stand at {codes.size} offsets on the grid {grid}, a stencil has at most "
+                f"{MOST_OFFSETS}; keep the SuccessorTransition"
+            )
+        offsets = np.stack(np.unravel_index(codes, tuple(span)), -1) - (np.asarray(grid) - 1)
+        slots = [jnp.sum(jnp.where(code == one, probability, 0), -3) for one in codes]
+        return cls(offsets.tolist(), jnp.stack(slots, -3), grid)
+
+    def _flat_offsets(self) -> tuple[int, ...]:
+        strides = [math.prod(self.grid[axis + 1 :]) for axis in range(len(self.grid))]
+        return tuple(sum(o * stride for o, stride in zip(offset, strides, strict=True)) for offset in self.offsets)
+
+    def _inside(self) -> np.ndarray:
+        """Whether each step stays on the grid, bool[K, S]."""
+        cells = np.unravel_index(np.arange(math.prod(self.grid)), self.grid)
+        inside = [
+            np.all(
+                [
+                    (cell + o >= 0) & (cell + o < length)
+                    for cell, o, length in zip(cells, offset, self.grid, strict=True)
+                ],
+                0,
+            )
+            for offset in self.offsets
+        ]
+        return np.stack(inside)
+
+    def _operator(self, weights: list[jax.Array]) -> StencilOperator:
+        flat = self._flat_offsets()
+        incoming = [jnp.roll(weight, o) for weight, o in zip(weights, flat, strict=True)]
+        return StencilOperator(flat, jnp.stack(weights), jnp.stack(incoming))
+
+
+# A step on the grid is a shift of the flat array: what would come from beyond an edge, from the next row
+# or the padding, has probability 0. Slices of one padded copy run at the memory's speed.
+
+
+def _shifts(values: jax.Array, offsets: tuple[int, ...]) -> list[jax.Array]:
+    """values[s + offset] for each flat offset, [S] each."""
+    size = values.shape[-1]
+    before, after = max(0, -min(offsets)), max(0, max(offsets))
+    padded = jnp.pad(jnp.asarray(values), (before, after))
+    return [padded[before + o : before + o + size] for o in offsets]
+
+
+def _shifted_sum(offsets: tuple[int, ...], weight: jax.Array, values: jax.Array) -> jax.Array:
+    return sum(w * v for w, v in zip(weight, _shifts(values, offsets), strict=True))
+
+
+def _at_zero(offsets: tuple[int, ...], weight: jax.Array) -> jax.Array:
+    return sum((w for w, o in zip(weight, offsets, strict=True) if o == 0), jnp.zeros_like(weight[0]))
+
+
+def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(value) for value in values)
+    except TypeError:
+        raise InputError(
+            f"{name}: expected whole numbers, known when the transition is built, got {values!r}"
+        ) from None

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -44,6 +45,7 @@ def occupancy(
     return visits / jnp.sum(visits, (-2, -1), keepdims=True) if normalized else visits
 
 
+@jax.jit
 @over_batch
 def _occupancy(mdp, regularizer, policy, *, adjoint):
     del regularizer
@@ -76,6 +78,7 @@ def stationary_distribution(mdp: MDP, policy: jax.Array, *, adjoint: LinearSolve
     return _stationary(*_checked(mdp, policy, adjoint), adjoint=adjoint)
 
 
+@jax.jit
 @over_batch
 def _stationary(mdp, regularizer, policy, *, adjoint):
     del regularizer
@@ -100,6 +103,7 @@ def regularized_policy_value(
     return _regularized_value(mdp, regularizer, policy, adjoint=adjoint)
 
 
+@jax.jit
 @over_batch
 def _regularized_value(mdp, regularizer, policy, *, adjoint):
     solver = default_linear_solver(mdp.num_states) if adjoint is None else adjoint
@@ -182,8 +186,8 @@ class OnlyIfRegular(LinearSolver):
 
     def solve(self, operator, prepared, rhs, guess, transpose):
         inner, regular = self.prepare(operator) if prepared is None else prepared
-        x, steps = self.solver.solve(operator, inner, rhs, guess, transpose)
-        return jnp.where(regular, x, jnp.nan), steps
+        attempt = self.solver.solve(operator, inner, rhs, guess, transpose)
+        return eqx.tree_at(lambda a: a[0], attempt, jnp.where(regular, attempt[0], jnp.nan))
 
     def relative_tolerance(self, dtype):
         return self.solver.relative_tolerance(dtype)
@@ -191,7 +195,7 @@ class OnlyIfRegular(LinearSolver):
     def _is_regular(self, operator: StateOperator, prepared: Any) -> jax.Array:
         border = operator.border  # type: ignore[attr-defined]
         probe = jax.random.normal(jax.random.key(0), border.shape, border.dtype)
-        x, _ = self.solver.solve(operator, prepared, probe, jnp.zeros_like(probe), False)
+        x = self.solver.solve(operator, prepared, probe, jnp.zeros_like(probe), False)[0]
         gap = jnp.linalg.norm(residual_of(operator, x, probe))
         eps = jnp.finfo(border.dtype).eps
         tolerance = jnp.asarray(self.solver.relative_tolerance(border.dtype), border.dtype)

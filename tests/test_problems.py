@@ -13,6 +13,7 @@ from helpers import central_difference, flat, random_like
 from scipy.special import logsumexp, softmax
 
 import bilevel_jax as bj
+from bilevel_jax.problems.grid import dynamics, parse_map
 
 KEY = jax.random.key(0)
 # Small enough to be quick, where the defaults are not.
@@ -185,6 +186,20 @@ def test_four_rooms_dynamics():
     assert kernel[middle, 0, INDEX[3, 2]] == pytest.approx(0.44 / 3)
     corner = INDEX[1, 1]
     assert kernel[corner, 0, corner] == pytest.approx(0.56 + 0.44 / 3)  # up and left are walls
+    bands = make("four_rooms", transition="stencil").transition
+    v = np.random.default_rng(0).normal(size=104)
+    np.testing.assert_allclose(bands.expect(v), kernel @ v, rtol=1e-13, atol=1e-14)
+
+
+def test_an_open_map_is_a_stencil_of_five_moves():
+    grid = parse_map("xxxxx\nx...x\nx...x\nxxxxx")
+    stencil, dense = (dynamics(grid, 0.3, kind) for kind in ("stencil", "dense"))
+    assert stencil.grid == (2, 3)
+    assert set(stencil.offsets) == {(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)}
+    v = np.random.default_rng(0).normal(size=6)
+    np.testing.assert_allclose(stencil.expect(v), dense.expect(v), rtol=1e-13)
+    slope = [jax.jvp(lambda s, k=k: dynamics(grid, s, k).expect(v), (0.3,), (1.0,))[1] for k in ("stencil", "dense")]
+    np.testing.assert_allclose(*slope, rtol=1e-12)
 
 
 def test_four_rooms_rewards_and_goals():

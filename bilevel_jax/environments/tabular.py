@@ -12,7 +12,7 @@ from bilevel_jax.environments.sampling import pick, thresholds, two_numbers
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import tabulate
 from bilevel_jax.mdp import MDP
-from bilevel_jax.transitions import DenseTransition, SuccessorTransition
+from bilevel_jax.transitions import DenseTransition, StencilTransition, SuccessorTransition
 from bilevel_jax.validation import is_known
 
 
@@ -20,7 +20,7 @@ class TabularEnvironment(Environment):
     """The process of an `MDP`: state and observation are the index of the state, int32.
 
     Args:
-      mdp: an `MDP` with a dense or successor transition. One with batch axes is a set of contexts:
+      mdp: an `MDP` with a dense, successor or stencil transition. One with batch axes is a set of contexts:
         the context is drawn uniformly at reset and never changes; with C contexts of S states, state s
         of context c has index c S + s.
 
@@ -131,14 +131,16 @@ def flatten_contexts(mdp: MDP) -> MDP:
             "others do what one of the available ones does, and give available=None"
         )
     transition: Any = mdp.transition
+    if isinstance(transition, StencilTransition):
+        transition = transition.to_successors()
     if isinstance(transition, DenseTransition):
         successor, probability = _successors(transition.probability)
     elif isinstance(transition, SuccessorTransition):
         successor, probability = transition.successor, transition.probability
     else:
         raise InputError(
-            f"transition: {type(transition).__name__} cannot be sampled; give a DenseTransition or a "
-            f"SuccessorTransition"
+            f"transition: {type(transition).__name__} cannot be sampled; give a DenseTransition, a "
+            f"SuccessorTransition or a StencilTransition"
         )
     batch, states, actions = mdp.batch_shape, mdp.num_states, mdp.num_actions
     contexts = int(np.prod(batch))

@@ -51,7 +51,7 @@ class FourRoomsOptions:
     goals: (row, column) of the goal in each context.
     origin: (row, column) where the agent starts.
     target: (row, column) of the cell that the designer likes.
-    transition: "dense" or "successor", how the dynamics are stored.
+    transition: "dense", "successor" or "stencil", how the dynamics are stored.
     horizon: steps of a sampled trajectory (published: 200).
     """
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.errors import InputError
-from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
+from bilevel_jax.transitions import DenseTransition, StencilTransition, SuccessorTransition, Transition
 from bilevel_jax.validation import as_float, require_fraction
 
 # up, right, down, left, as (row, column) steps
@@ -32,6 +32,11 @@ class Grid(NamedTuple):
             )
         return int(match[0])
 
+    def shape(self) -> tuple[int, ...]:
+        """(height, width) of the cells where they fill a rectangle, else (S,)."""
+        height, width = (int(length) for length in np.ptp(self.cells, 0) + 1)
+        return (height, width) if height * width == len(self.cells) else (len(self.cells),)
+
     def moves(self) -> np.ndarray:
         """Where each move leads, int[S, 4]; a move into a wall or off the map stays."""
         index = np.full(self.walls.shape, -1)
@@ -55,20 +60,25 @@ def parse_map(text: str) -> Grid:
 
 
 def dynamics(grid: Grid, slip: jax.Array | float, kind: str) -> Transition:
-    """The chosen move with probability 1 - slip, each other one with slip / 3; `kind` dense or successor.
+    """The chosen move with probability 1 - slip, each other one with slip / 3; `kind` dense, successor or stencil.
+
+    A stencil is one of moves and staying on a map without walls inside, and on others as many bands as
+    the moves have offsets in the list of cells.
 
     Raises:
-      InputError: a kind that does not exist, or a slip outside [0, 1) (where it is known).
+      InputError: a kind that does not exist, a slip outside [0, 1) (where it is known), or a map with too
+        many offsets for a stencil.
     """
     slip = as_float("slip", slip)
     require_fraction("slip", slip, "0 is none, 0.75 a random move")
     destination = jnp.asarray(grid.moves(), jnp.int32)  # [S, 4]
     states, actions = destination.shape
     made = jnp.where(jnp.eye(actions, dtype=bool), 1 - slip, slip / (actions - 1))  # chosen, made
-    if kind == "successor":
+    if kind in ("successor", "stencil"):
         successor = jnp.broadcast_to(destination.T[:, :, None], (actions, states, actions))
-        return SuccessorTransition(successor, jnp.broadcast_to(made.T[:, None, :], successor.shape))
+        lists = SuccessorTransition(successor, jnp.broadcast_to(made.T[:, None, :], successor.shape))
+        return lists if kind == "successor" else StencilTransition.from_successors(lists, grid.shape())
     if kind != "dense":
-        raise InputError(f"transition: expected 'dense' or 'successor', got {kind!r}")
+        raise InputError(f"transition: expected 'dense', 'successor' or 'stencil', got {kind!r}")
     arrives = jax.nn.one_hot(destination, states, dtype=made.dtype)  # [S, made, S]
     return DenseTransition(jnp.einsum("am,smj->saj", made, arrives))

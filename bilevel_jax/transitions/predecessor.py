@@ -28,11 +28,6 @@ class PredecessorLists(eqx.Module):
     entry: jax.Array
     owner: jax.Array
 
-    def push(self, flow: jax.Array, size: int) -> jax.Array:
-        """[S] from the flow through each entry, [K, S, A]."""
-        flat = flow.reshape(-1)
-        return _collect(sum_slots(lambda entry: _take(flat, entry), self.entry), self.owner, size)
-
     def fold(self, operator: SuccessorOperator) -> "PredecessorOperator":
         """The operator with its weights in the order of these lists, too."""
         slots, states, actions = operator.weight.shape

@@ -1,7 +1,9 @@
 """Grids and bands: successors at fixed offsets from the state, without a list of indices."""
 
+import functools
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
@@ -115,7 +117,7 @@ class StencilTransition(Transition):
             outside = np.flatnonzero(~inside[k])
             leaves = known[..., k, outside, :] > 0
             if leaves.any():
-                state = outside[np.argwhere(leaves)[0][-2]]
+                state = outside[int(np.argwhere(leaves)[0, -2])]
                 raise InputError(
                     f"{name}: slot {k}, offset {offset}, has a positive probability at state {state}, cell "
                     f"{tuple(int(i) for i in np.unravel_index(state, self.grid))}, from where it leaves the grid "
@@ -124,10 +126,10 @@ class StencilTransition(Transition):
 
     def expect(self, values):
         flat = self._flat_offsets()
-        return sum(p * v[:, None] for p, v in zip(self.probability, _shifts(values, flat), strict=True))
+        return _total(p * v[:, None] for p, v in zip(self.probability, _shifts(values, flat), strict=True))
 
     def push(self, masses):
-        return sum(
+        return _total(
             jnp.roll(sum_last(p * masses), o) for p, o in zip(self.probability, self._flat_offsets(), strict=True)
         )
 
@@ -221,7 +223,11 @@ def _shifts(values: jax.Array, offsets: tuple[int, ...]) -> list[jax.Array]:
 
 
 def _shifted_sum(offsets: tuple[int, ...], weight: jax.Array, values: jax.Array) -> jax.Array:
-    return sum(w * v for w, v in zip(weight, _shifts(values, offsets), strict=True))
+    return _total(w * v for w, v in zip(weight, _shifts(values, offsets), strict=True))
+
+
+def _total(terms: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.add, terms)
 
 
 def _at_zero(offsets: tuple[int, ...], weight: jax.Array) -> jax.Array:

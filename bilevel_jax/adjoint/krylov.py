@@ -20,7 +20,7 @@ from bilevel_jax.validation import require_instance, require_setting
 SWEEPS = 8
 FAILURES = 3
 # In units of eps |x|: where the default tolerance is below, this is what ends a solve; and a segment that gains
-# nothing this near to rounding is the last.
+# next to nothing this near to rounding is the last.
 FLOOR = 4
 NEAR_FLOOR = 64
 
@@ -79,12 +79,10 @@ def _run(fold, transpose, operator, solver, prepared, rhs, guess):
     if prepared is None:
         prepared = solver.prepare(operator)
     system = operator.T if transpose else operator
-    out = _restarted(solver, system.fold() if fold else system, prepared, rhs / scale, _over(guess, scale), transpose)
-    return Attempt(out.x * scale, out.steps, out.stalled, out.gap * scale)
-
-
-def _over(guess, scale):
-    return None if guess is None else guess / scale
+    system = system.fold() if fold else system
+    guess = None if guess is None else guess / scale
+    x, steps, stalled, gap = _restarted(solver, system, prepared, rhs / scale, guess, transpose)
+    return Attempt(x * scale, steps, stalled, gap * scale)
 
 
 def _restarted(solver, system, prepared, rhs, guess, transpose):
@@ -135,7 +133,7 @@ def _restarted(solver, system, prepared, rhs, guess, transpose):
         x, gap, norm, steps, failures = lax.cond(gained, accept, sweep, None)
         better = norm < p.best[2]
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (x, gap, norm), p.best)
-        near = ~gained & (p.norm <= NEAR_FLOOR * level)
+        near = ~(norm < 0.9 * p.norm) & (p.norm <= NEAR_FLOOR * level)
         # Sweeps may raise the 2-norm for a while; only a new best ends the row of failures.
         return Progress(x, gap, norm, best, steps, p.segments + 1, jnp.where(better, 0, failures), near)
 
@@ -148,7 +146,9 @@ def _restarted(solver, system, prepared, rhs, guess, transpose):
     start = Progress(x, gap, norm, (x, gap, norm), zero, zero, zero, jnp.asarray(False))
     out = lax.while_loop(unfinished, body, start)
     x, gap, _ = out.best
-    return Attempt(x, out.steps, (out.failures >= FAILURES) | out.near, gap)
+    # Plain sweeps of finite numbers are finite: where the last one was not, the operator or the right-hand side is not.
+    x = jnp.where(jnp.isfinite(out.norm), x, jnp.nan)
+    return x, out.steps, (out.failures >= FAILURES) | out.near, gap
 
 
 def _shared(operator_batched: StateOperator) -> bool:

@@ -5,6 +5,7 @@ from bilevel_jax.solvers.anderson import AndersonIteration
 from bilevel_jax.solvers.auto import Auto
 from bilevel_jax.solvers.loop import Solver, SolveStats
 from bilevel_jax.solvers.modified_policy_iteration import ModifiedPolicyIteration
+from bilevel_jax.solvers.newton_krylov import NewtonKrylov
 from bilevel_jax.solvers.policy_iteration import PolicyIteration
 from bilevel_jax.solvers.solve import Solution, read_out, solve
 from bilevel_jax.solvers.value_iteration import ValueIteration
@@ -14,6 +15,7 @@ __all__ = [
     "AndersonIteration",
     "Auto",
     "ModifiedPolicyIteration",
+    "NewtonKrylov",
     "PolicyIteration",
     "Solution",
     "SolveStats",

@@ -7,38 +7,40 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevel_jax.adjoint import GMRES, LinearSolver, linear_solve
+from bilevel_jax.adjoint import BiCGStab, LinearSolver, linear_solve
+from bilevel_jax.bellman import sup_norm
 from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
 from bilevel_jax.solvers.loop import Solver
 from bilevel_jax.validation import require_instance, require_setting
 
 # A Krylov product does more beside the product itself than a sweep of evaluation does.
 KRYLOV_COST = 1.5
-# What a Krylov solve is expected to gain a product, in nats of the bracket's width, before it was tried: where
-# sweeps gain more it is never tried.
+# What a Krylov solve is expected to gain a product, in nats of the residual, before it was tried.
 PRIOR_RATE = 0.1
-# What was not used looks better by this factor each step, so that it is tried again.
-OPTIMISM = 1.1
+# Sweeps before the choice; the rate is that of the last half of them.
+TRIAL = 8
+# Newton's steps need not narrow the bracket each time; after so many that did not, only sweeps follow.
+PATIENCE = 15
 
 
-class Progress(NamedTuple):
-    """What the last step was and what each way gained, in nats of the bracket's width a product."""
+class Record(NamedTuple):
+    """What Krylov solves gained a product, in nats of the residual, and whether the bracket still narrows.
 
-    half_width: jax.Array
-    retreat: jax.Array
-    by_krylov: jax.Array
-    cost: jax.Array
-    sweep_rate: jax.Array
+    `best` half width so far and `stale` steps since.
+    """
+
     krylov_rate: jax.Array
+    best: jax.Array
+    stale: jax.Array
 
 
 class AdaptivePolicyIteration(Solver):
     """Modified policy iteration that turns to a Krylov solver where its sweeps are slow.
 
-    Each step improves the policy and evaluates it either by sweeps (`ModifiedPolicyIteration`) or by a
-    Krylov solve (`NewtonKrylov`), whichever narrowed the bracket of V* more for its cost so far. Sweeps win on
-    chains that mix fast, at any discount; Krylov solvers on slow ones, at discounts near 1. A Krylov step
-    that leaves the bracket wider is taken back.
+    Each step improves the policy and evaluates it by some sweeps (`ModifiedPolicyIteration`). Where these
+    narrow the span more slowly, product by product, than the last Krylov solve lowered its residual, a
+    Krylov solve ends the evaluation (`NewtonKrylov`). Sweeps win on chains that mix fast, at any discount, and
+    where a policy is still far from optimal; Krylov solvers on slow chains at discounts near 1.
 
     Args:
       tolerance: bound on |value - V*|_inf; None asks for working precision.
@@ -69,49 +71,40 @@ class AdaptivePolicyIteration(Solver):
 
     def start(self, mdp, value):
         del mdp
-        number = jnp.zeros((), value.dtype)
-        return Progress(number + jnp.inf, value, jnp.asarray(False), number, number + jnp.inf, number + PRIOR_RATE)
+        return Record(
+            jnp.asarray(PRIOR_RATE, value.dtype), jnp.asarray(jnp.inf, value.dtype), jnp.asarray(0, jnp.int32)
+        )
 
     def step(self, mdp, swept, state):
-        gained = jnp.log(state.half_width / swept.half_width)
-        failed = state.by_krylov & ~(gained > 0)
-        measured = state.cost > 0
-        rate = jnp.maximum(gained, 0) / jnp.where(measured, state.cost, 1)
-        sweep_rate = jnp.where(state.by_krylov, state.sweep_rate * OPTIMISM, rate)
-        krylov_rate = jnp.where(state.by_krylov, rate, state.krylov_rate * OPTIMISM)
-        sweep_rate = jnp.where(measured, sweep_rate, state.sweep_rate)
-        krylov_rate = jnp.where(measured, jnp.minimum(krylov_rate, PRIOR_RATE), state.krylov_rate)
-        by_krylov = krylov_rate > sweep_rate
-
         operator = fold_where_it_pays(mdp, policy_operator(mdp, swept.kept))
         gap = swept.gap
+        dtype = gap.dtype
         enough = swept.needed / swept.half_width / 2
+        stop = jnp.maximum(jnp.asarray(self.forcing, dtype), enough) * span(gap)
+        most = jnp.asarray(self.sweeps, jnp.int32)
+
+        half, term, first = sweep_policy(operator, gap, gap, stop, jnp.minimum(most, TRIAL // 2))
+        middle = span(term)
+        trial, term, second = sweep_policy(operator, half, term, stop, jnp.minimum(most - first, TRIAL - TRIAL // 2))
+        sweep_rate = jnp.log(middle / span(term)) / jnp.maximum(second, 1).astype(dtype)
+        made = first + second
 
         def sweep(_):
-            fraction = jnp.maximum(jnp.asarray(self.forcing, gap.dtype), enough)
-            most = jnp.asarray(self.sweeps, jnp.int32)
-            total, _, products = sweep_policy(operator, gap, fraction * span(gap), most)
-            return swept.value + total, products
+            total, _, products = sweep_policy(operator, trial, term, stop, most - made)
+            return total, products, state.krylov_rate
 
         def solve(_):
-            fraction = jnp.maximum(jnp.asarray(self.krylov_forcing, gap.dtype), enough)
-            krylov: Any = GMRES() if self.krylov is None else self.krylov
+            krylov: Any = BiCGStab() if self.krylov is None else self.krylov
+            fraction = jnp.maximum(jnp.asarray(self.krylov_forcing, dtype), enough)
             krylov = eqx.tree_at(lambda k: k.tolerance, krylov, fraction, is_leaf=lambda leaf: leaf is None)
-            total, stats = linear_solve(krylov, operator, mdp.modulus, gap, share=False)
-            return swept.value + total, stats.steps.astype(jnp.int32)
+            rest = operator.apply(term)
+            total, stats = linear_solve(krylov, operator, mdp.modulus, rest, share=False)
+            products = stats.steps.astype(jnp.int32) + 1
+            rate = jnp.log(sup_norm(rest) / stats.residual) / products.astype(dtype)
+            return trial + total, products, jnp.where(jnp.isfinite(rate), rate, 0)
 
-        def retreat(_):
-            return state.retreat, jnp.asarray(0, jnp.int32)
-
-        which = jnp.where(failed, 2, by_krylov.astype(jnp.int32))
-        value, products = lax.switch(which, (sweep, solve, retreat), None)
-        cost = mdp.num_actions + products * jnp.where(by_krylov, KRYLOV_COST, 1)
-        new = Progress(
-            jnp.where(failed, state.half_width, swept.half_width),
-            jnp.where(failed, state.retreat, swept.backup),
-            by_krylov & ~failed,
-            jnp.where(failed, 0, cost).astype(gap.dtype),
-            sweep_rate,
-            jnp.where(failed, krylov_rate / 4, krylov_rate),
-        )
-        return value, new, products
+        stale = jnp.where(swept.half_width < state.best, 0, state.stale + 1)
+        worth_it = (state.krylov_rate / KRYLOV_COST > sweep_rate) & (stale < PATIENCE)
+        total, products, krylov_rate = lax.cond((second >= TRIAL - TRIAL // 2) & worth_it, solve, sweep, None)
+        state = Record(krylov_rate, jnp.minimum(state.best, swept.half_width), stale)
+        return swept.value + total, state, made + products

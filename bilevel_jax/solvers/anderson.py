@@ -10,8 +10,8 @@ from jax import lax
 from bilevel_jax.solvers.loop import Solver
 from bilevel_jax.validation import require_setting
 
-# Trials that failed may be this share of all sweeps: value iteration would need at least the others.
-WASTE = 1 / 6
+# One sweep in so many may be a trial that failed: value iteration would need at least the others.
+WASTED_PARTS = 6
 
 
 class History(NamedTuple):
@@ -72,7 +72,7 @@ class AndersonIteration(Solver):
         # A plain sweep tells what plain sweeps gain; the first has nothing to be compared with.
         seen = ~state.trial & jnp.isfinite(state.half_width)
         rate = jnp.where(seen, jnp.minimum(ratio, 1), state.rate)
-        wasted = state.wasted + ~accepted
+        wasted = state.wasted + (~accepted).astype(jnp.int32)
         sweeps = state.sweeps + 1
         gap = swept.gap
 
@@ -88,7 +88,7 @@ class AndersonIteration(Solver):
             accepted & ~first, remember, lambda _: (state.values, state.gaps, state.count), None
         )
         kept = accepted | first
-        may = kept & (count > 0) & ((wasted + 1) <= WASTE * (sweeps + 1))
+        may = kept & (count > 0) & (WASTED_PARTS * (wasted + 1) <= sweeps + 1)
         extrapolated = swept.backup - _correction(values, gaps, gap)
         value = jnp.where(kept, jnp.where(may, extrapolated, swept.backup), state.retreat)
         new = History(

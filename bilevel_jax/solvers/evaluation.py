@@ -33,16 +33,17 @@ def span(values: jax.Array) -> jax.Array:
 
 def fold_where_it_pays(mdp: MDP, operator: StateOperator) -> StateOperator:
     """Fold the policy into the transition where that makes a product smaller."""
-    return operator.fold() if getattr(mdp.transition, "folding_shrinks", False) else operator
+    return operator.fold() if mdp.transition.folding_shrinks else operator
 
 
 def sweep_policy(
-    operator: StateOperator, gap: jax.Array, stop: jax.Array, most: jax.Array
+    operator: StateOperator, total: jax.Array, term: jax.Array, stop: jax.Array, most: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Sum gap + M gap + M^2 gap + ... until the span of the last term is at most `stop`, or `most` products.
+    """total + M term + M^2 term + ... until the span of the last is at most `stop`, or `most` products.
 
-    Returns the sum [S], the last term [S] and the number of products. V + sum is what as many
-    sweeps of evaluation make of V, and M times the last term is T_pi (V + sum) - (V + sum).
+    With total = term = T V - V at first. Returns the sum [S], the last term [S] and the number of products:
+    V + sum is what as many sweeps of evaluation make of V, and M times the last term is
+    T_pi (V + sum) - (V + sum).
     """
 
     # The span is taken in the condition, of an array that lies in memory; see `loop.iterate`.
@@ -55,4 +56,4 @@ def sweep_policy(
         term = operator.apply(term)
         return total + term, term, products + 1
 
-    return lax.while_loop(unfinished, body, (gap, gap, jnp.asarray(0, jnp.int32)))
+    return lax.while_loop(unfinished, body, (total, term, jnp.asarray(0, jnp.int32)))

@@ -43,5 +43,6 @@ class ModifiedPolicyIteration(Solver):
         operator = fold_where_it_pays(mdp, policy_operator(mdp, swept.kept))
         gap = swept.gap
         fraction = jnp.maximum(jnp.asarray(self.forcing, gap.dtype), swept.needed / swept.half_width / 2)
-        total, _, products = sweep_policy(operator, gap, fraction * span(gap), jnp.asarray(self.sweeps, jnp.int32))
+        most = jnp.asarray(self.sweeps, jnp.int32)
+        total, _, products = sweep_policy(operator, gap, gap, fraction * span(gap), most)
         return swept.value + total, state, products

@@ -1,6 +1,6 @@
 """Probabilities as one array P[S, A, S]."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -40,6 +40,7 @@ class DenseTransition(Transition):
         rows that do not sum to 1 (values are checked outside jit only).
     """
 
+    folding_shrinks: ClassVar[bool] = True
     probability: jax.Array
 
     def __init__(self, probability: Any):

@@ -6,7 +6,7 @@ differentiable leaf.
 """
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -70,7 +70,12 @@ class TransposedOperator(StateOperator):
 
 
 class Transition(eqx.Module):
-    """The protocol of a transition kernel. `event_ndim` says how many axes a leaf has in one MDP."""
+    """The protocol of a transition kernel. `event_ndim` says how many axes a leaf has in one MDP.
+
+    `folding_shrinks`: whether an operator folded `under` a policy reads fewer numbers than `expect` does.
+    """
+
+    folding_shrinks: ClassVar[bool] = False
 
     @property
     @abc.abstractmethod

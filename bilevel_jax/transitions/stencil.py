@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -65,6 +65,7 @@ class StencilTransition(Transition):
         that are not 1, or a step off the grid with a probability above 0.
     """
 
+    folding_shrinks: ClassVar[bool] = True
     offsets: tuple[tuple[int, ...], ...] = eqx.field(static=True)
     probability: jax.Array
     grid: tuple[int, ...] = eqx.field(static=True)

@@ -192,6 +192,9 @@ class OnlyIfRegular(LinearSolver):
     def relative_tolerance(self, dtype):
         return self.solver.relative_tolerance(dtype)
 
+    def takes_rounding(self):
+        return self.solver.takes_rounding()
+
     def _is_regular(self, operator: StateOperator, prepared: Any) -> jax.Array:
         border = operator.border  # type: ignore[attr-defined]
         probe = jax.random.normal(jax.random.key(0), border.shape, border.dtype)

@@ -118,7 +118,7 @@ class StencilTransition(Transition):
             outside = np.flatnonzero(~inside[k])
             leaves = known[..., k, outside, :] > 0
             if leaves.any():
-                state = int(outside[np.nonzero(leaves)[-2][0]])
+                state = outside.tolist()[np.argwhere(leaves).tolist()[0][-2]]
                 raise InputError(
                     f"{name}: slot {k}, offset {offset}, has a positive probability at state {state}, cell "
                     f"{tuple(int(i) for i in np.unravel_index(state, self.grid))}, from where it leaves the grid "

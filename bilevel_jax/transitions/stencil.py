@@ -176,7 +176,7 @@ class StencilTransition(Transition):
         span = 2 * np.asarray(grid) - 1
         code = np.ravel_multi_index(tuple(np.moveaxis(steps + np.asarray(grid) - 1, -1, 0)), tuple(span))
         used = np.asarray(probability) > 0 if is_known(probability) else np.ones(code.shape, bool)
-        codes = np.unique(code[used])
+        codes = np.unique(np.asarray(code)[used])
         if codes.size > MOST_OFFSETS:
             raise InputError(
                 f"transition: its successors stand at {codes.size} offsets on the grid {grid}, a stencil has at most "

@@ -214,7 +214,7 @@ def test_new_numbers_do_not_recompile():
         for solver in (
             bj.ModifiedPolicyIteration(number, 1000, int(10 * number), number),
             bj.NewtonKrylov(number, 1000, None, number),
-            bj.AdaptivePolicyIteration(number, 1000, int(10 * number), number, None, number),
+            bj.AdaptivePolicyIteration(number, 1000, int(10 * number), number, number),
             bj.AndersonIteration(number),
         ):
             bj.solve(make_mdp(PROCESS, number), bj.ShannonEntropy(number), solver=solver)
@@ -228,7 +228,7 @@ def test_new_numbers_do_not_recompile():
         (lambda: bj.NewtonKrylov(krylov=bj.Direct()), r"krylov: expected GMRES or BiCGStab or None, got Direct"),
         (lambda: bj.NewtonKrylov(forcing=-0.1), r"forcing must be at least 0, got -0\.1"),
         (lambda: bj.AndersonIteration(history=0), r"history must be at least 1, got 0"),
-        (lambda: bj.AdaptivePolicyIteration(krylov="gmres"), r"krylov: expected .*got str"),
+        (lambda: bj.AdaptivePolicyIteration(preconditioner="jacobi"), r"preconditioner: expected .*got str"),
         (lambda: bj.Auto(tolerance=-1.0), r"tolerance must be at least 0, got -1"),
     ],
 )

@@ -2,12 +2,11 @@
 
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevel_jax.adjoint import BiCGStab, LinearSolver, linear_solve
+from bilevel_jax.adjoint import BiCGStab, Preconditioner, linear_solve
 from bilevel_jax.bellman import sup_norm
 from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
 from bilevel_jax.solvers.loop import Solver
@@ -17,6 +16,8 @@ from bilevel_jax.validation import require_instance, require_setting
 KRYLOV_COST = 1.5
 # What a Krylov solve is expected to gain a product, in nats of the residual, before it was tried.
 PRIOR_RATE = 0.1
+# A Krylov solver that was not used looks better by this factor each step, so that it is tried again.
+OPTIMISM = 1.1
 # Sweeps before the choice; the rate is that of the last half of them.
 TRIAL = 8
 # Newton's steps need not narrow the bracket each time; after so many that did not, only sweeps follow.
@@ -46,7 +47,8 @@ class AdaptivePolicyIteration(Solver):
       tolerance: bound on |value - V*|_inf; None asks for working precision.
       max_steps: sweeps at most.
       sweeps, forcing: of the evaluation by sweeps, see `ModifiedPolicyIteration`.
-      krylov: GMRES or BiCGStab; its tolerance is replaced by `krylov_forcing`.
+      krylov_forcing: relative residual of a Krylov solve, by BiCGStab.
+      preconditioner: of BiCGStab.
 
     Raises:
       InputError: a setting out of range or of another type.
@@ -56,14 +58,14 @@ class AdaptivePolicyIteration(Solver):
     max_steps: Any = 100_000
     sweeps: Any = 50
     forcing: Any = 0.3
-    krylov: LinearSolver | None = None
     krylov_forcing: Any = 0.03
+    preconditioner: Preconditioner | None = None
 
     def __check_init__(self):
         require_setting("sweeps", self.sweeps, 0, "20 to 50 is usual", whole=True)
         require_setting("forcing", self.forcing, 0, "0.1 to 0.5 is usual")
         require_setting("krylov_forcing", self.krylov_forcing, 0, "0.01 to 0.1 is usual")
-        require_instance("krylov", self.krylov, LinearSolver | None)
+        require_instance("preconditioner", self.preconditioner, Preconditioner | None)
 
     def keep(self, mdp, regularizer, q):
         del mdp
@@ -91,12 +93,13 @@ class AdaptivePolicyIteration(Solver):
 
         def sweep(_):
             total, _, products = sweep_policy(operator, trial, term, stop, most - made)
-            return total, products, state.krylov_rate
+            return total, products, jnp.minimum(OPTIMISM * state.krylov_rate, PRIOR_RATE)
 
         def solve(_):
-            krylov: Any = BiCGStab() if self.krylov is None else self.krylov
             fraction = jnp.maximum(jnp.asarray(self.krylov_forcing, dtype), enough)
-            krylov = eqx.tree_at(lambda k: k.tolerance, krylov, fraction, is_leaf=lambda leaf: leaf is None)
+            # No more than sweeps would need: what is lost by trying is bounded.
+            budget = jnp.log(1 / fraction) / jnp.maximum(sweep_rate, 1e-4)
+            krylov = BiCGStab(fraction, jnp.maximum(budget, TRIAL).astype(jnp.int32), self.preconditioner)
             rest = operator.apply(term)
             total, stats = linear_solve(krylov, operator, mdp.modulus, rest, share=False)
             products = stats.steps.astype(jnp.int32) + 1

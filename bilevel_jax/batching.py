@@ -6,8 +6,11 @@ import jax
 from jax import lax
 
 
-def one_at_a_time_on_cpu(function: Callable) -> Callable:
+def one_at_a_time_on_cpu(function: Callable, unless: Callable[..., bool] | None = None) -> Callable:
     """Let vmap run `function` element after element on a CPU, and batched everywhere else.
+
+    `unless(*batched)`, with trees of True where the arguments are mapped, says where the batch gains by
+    being advanced together (a matrix that it shares) and `function` makes no LAPACK call.
 
     XLA's CPU thread pool deadlocks when two batched LAPACK calls are ready at once (measured: most
     runs on 2 cores hang). Single calls never did. The result is not differentiable by itself: use it
@@ -34,7 +37,10 @@ def one_at_a_time_on_cpu(function: Callable) -> Callable:
         def batched(*moving_leaves):
             return jax.vmap(lambda one: call(one, function))(list(moving_leaves))
 
-        out = lax.platform_dependent(*moving, cpu=sequential, default=batched)
+        if unless is not None and unless(*in_batched):
+            out = batched(*moving)
+        else:
+            out = lax.platform_dependent(*moving, cpu=sequential, default=batched)
         return out, jax.tree.map(lambda _: True, out)
 
     return mapped

@@ -1,6 +1,6 @@
 """Anderson acceleration of value iteration, safeguarded."""
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -51,6 +51,8 @@ class AndersonIteration(Solver):
       InputError: tolerance below 0, max_steps below 1, or history not between 1 and 16.
     """
 
+    batched_on_cpu: ClassVar[bool] = True
+
     tolerance: Any = None
     max_steps: Any = 100_000
     history: int = eqx.field(default=5, static=True)
@@ -76,17 +78,16 @@ class AndersonIteration(Solver):
         sweeps = state.sweeps + 1
         gap = swept.gap
 
-        def remember(_):
-            slot = state.count % self.history
-            values = state.values.at[slot].set(swept.value - state.value)
-            gaps = state.gaps.at[slot].set(gap - state.gap)
-            return values, gaps, state.count + 1
-
-        # The first sweep has no predecessor, and a trial that failed is no use to extrapolate from.
+        # The first sweep has no predecessor, and a trial that failed is no use to extrapolate from. One slot is
+        # written whatever happens: choosing between histories would copy them.
         first = state.sweeps == 0
-        values, gaps, count = lax.cond(
-            accepted & ~first, remember, lambda _: (state.values, state.gaps, state.count), None
+        fresh = accepted & ~first
+        slot = state.count % self.history
+        values, gaps = (
+            past.at[slot].set(jnp.where(fresh, new - old, past[slot]))
+            for past, new, old in ((state.values, swept.value, state.value), (state.gaps, gap, state.gap))
         )
+        count = state.count + fresh.astype(jnp.int32)
         kept = accepted | first
         may = kept & (count > 0) & (WASTED_PARTS * (wasted + 1) <= sweeps + 1)
         extrapolated = swept.backup - _correction(values, gaps, gap)

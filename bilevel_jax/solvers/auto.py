@@ -3,8 +3,10 @@
 from typing import Any
 
 from bilevel_jax.solvers.adaptive import AdaptivePolicyIteration
+from bilevel_jax.solvers.anderson import AndersonIteration
 from bilevel_jax.solvers.loop import Solver
 from bilevel_jax.solvers.policy_iteration import PolicyIteration
+from bilevel_jax.transitions import DenseTransition
 
 # Up to this many states, Newton's method with a factorization each step (docs/performance.md).
 NEWTON_LIMIT = 128
@@ -13,8 +15,10 @@ NEWTON_LIMIT = 128
 class Auto(Solver):
     """`PolicyIteration` by factorizations for few states, `AdaptivePolicyIteration` for more.
 
-    Which way of evaluation pays at more states depends on how fast the chain mixes and on the discount,
-    neither of which is a part of the structure: that choice is made while solving, by measurement.
+    A batch that shares dense transitions goes by `AndersonIteration`: a sweep is one matrix product then,
+    while policies of its own would give each element a matrix of its own. Which way of evaluation pays at
+    more states depends on how fast the chain mixes and on the discount, neither of which is a part of the
+    structure: that choice is made while solving, by measurement.
 
     Args:
       tolerance: bound on |value - V*|_inf; None asks for working precision.
@@ -30,6 +34,9 @@ class Auto(Solver):
     def resolve(self, mdp):
         if mdp.num_states <= NEWTON_LIMIT:
             return PolicyIteration(self.tolerance, self.max_steps)
+        shared = mdp.batch_shape and mdp.transition.shape == mdp.reward.shape[-2:]
+        if shared and isinstance(mdp.transition, DenseTransition):
+            return AndersonIteration(self.tolerance, self.max_steps)
         return AdaptivePolicyIteration(self.tolerance, self.max_steps)
 
     def step(self, mdp, swept, state):

@@ -65,11 +65,11 @@ class Solver(eqx.Module):
 
     `tolerance` is a bound on |value - V*|_inf, in units of the reward; None asks for working precision,
     i.e. to go on until rounding leaves nothing to gain. `max_steps` counts Bellman sweeps.
-    `batched_on_cpu`: whether vmap on a CPU advances all elements together. Steps that are linear
-    solves run one after another there anyway; then whole solves do, each ending at its own time.
+    `batched_on_cpu`: whether vmap on a CPU advances a batch together where it shares its transitions. Else,
+    and for solvers that fold policies into them or solve linear systems, whole solves run one after another.
     """
 
-    batched_on_cpu: ClassVar[bool] = True
+    batched_on_cpu: ClassVar[bool] = False
 
     tolerance: eqx.AbstractVar[Any]
     max_steps: eqx.AbstractVar[Any]

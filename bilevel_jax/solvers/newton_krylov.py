@@ -1,6 +1,6 @@
 """Newton-Krylov: soft policy iteration whose policies are evaluated only as well as the step deserves."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ class NewtonKrylov(Solver):
     max_steps: Any = 1000
     krylov: GMRES | BiCGStab | None = None
     forcing: Any = 0.03
-    batched_on_cpu: ClassVar[bool] = False
 
     def __check_init__(self):
         require_instance("krylov", self.krylov, GMRES | BiCGStab | None)

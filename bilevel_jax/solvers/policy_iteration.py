@@ -1,6 +1,6 @@
 """Soft policy iteration: Newton's method on V = T V."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
 from bilevel_jax.solvers.evaluation import improve, policy_operator
@@ -26,7 +26,6 @@ class PolicyIteration(Solver):
     tolerance: Any = None
     max_steps: Any = 1000
     linear_solver: LinearSolver | None = None
-    batched_on_cpu: ClassVar[bool] = False
 
     def __check_init__(self):
         require_instance("linear_solver", self.linear_solver, LinearSolver | None)

@@ -99,11 +99,19 @@ def _solve_one(mdp, regularizer, initial_value, *, solver, adjoint):
 @jax.custom_jvp
 def _fixed_point(solver, adjoint, mdp, regularizer, start):
     del adjoint
-    run = iterate if solver.batched_on_cpu else _iterate_one_at_a_time
+    run = _sweeps_may_share if solver.batched_on_cpu else _one_at_a_time
     return run(solver, mdp, regularizer, start)
 
 
-_iterate_one_at_a_time = one_at_a_time_on_cpu(iterate)
+def _shares_transitions(solver, mdp, regularizer, start) -> bool:
+    del solver, regularizer, start
+    return not any(jax.tree.leaves(mdp.transition))
+
+
+# With transitions of its own, each element ends at its own time and keeps its numbers in cache; sharing them, a
+# batch is swept by one product.
+_sweeps_may_share = one_at_a_time_on_cpu(iterate, unless=_shares_transitions)
+_one_at_a_time = one_at_a_time_on_cpu(iterate)
 
 
 @_fixed_point.defjvp

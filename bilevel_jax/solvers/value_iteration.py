@@ -1,6 +1,6 @@
 """Regularized value iteration."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ class ValueIteration(Solver):
     Raises:
       InputError: tolerance below 0 or max_steps below 1.
     """
+
+    batched_on_cpu: ClassVar[bool] = True
 
     tolerance: Any = None
     max_steps: Any = 100_000

@@ -15,13 +15,13 @@ from bilevel_jax.validation import require_instance, require_setting
 # A Krylov product does more beside the product itself than a sweep of evaluation does.
 KRYLOV_COST = 1.5
 # What a Krylov solve is expected to gain a product, in nats of the residual, before it was tried.
-PRIOR_RATE = 0.1
+PRIOR_RATE = 0.15
 # A Krylov solver that was not used looks better by this factor each step, so that it is tried again.
 OPTIMISM = 1.1
 # Sweeps before the choice; the rate is that of the last half of them.
 TRIAL = 8
 # Newton's steps need not narrow the bracket each time; after so many that did not, only sweeps follow.
-PATIENCE = 15
+PATIENCE = 40
 
 
 class Record(NamedTuple):

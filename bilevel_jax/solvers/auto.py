@@ -9,7 +9,7 @@ from bilevel_jax.solvers.policy_iteration import PolicyIteration
 from bilevel_jax.transitions import DenseTransition
 
 # Up to this many states, Newton's method with a factorization each step (docs/performance.md).
-NEWTON_LIMIT = 128
+NEWTON_LIMIT = 64
 
 
 class Auto(Solver):

@@ -67,7 +67,8 @@ def solve(
     require_instance("regularizer", regularizer, Regularizer)
     require_instance("solver", solver, Solver | None)
     require_instance("adjoint", adjoint, LinearSolver | None)
-    check_compatible(mdp, regularizer)
+    if mdp.available is not None:  # values count there; shapes are looked at once a compilation, in `_solve`
+        check_compatible(mdp, regularizer)
     if initial_value is not None:
         initial_value = as_float("initial_value", initial_value, mdp.reward.dtype, mdp.reward.shape[:-1])
     return _solve(mdp, regularizer, initial_value, solver, adjoint)
@@ -75,6 +76,7 @@ def solve(
 
 @jax.jit
 def _solve(mdp, regularizer, initial_value, solver, adjoint):
+    check_compatible(mdp, regularizer)
     solver = (Auto() if solver is None else solver).resolve(mdp)
     adjoint = default_linear_solver(mdp.num_states) if adjoint is None else adjoint
     return _solve_one(mdp, regularizer, initial_value, solver=solver, adjoint=adjoint)

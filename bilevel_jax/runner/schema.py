@@ -37,6 +37,15 @@ class PolicyIterationSection:
 
 
 @dataclass(config=STRICT_KEYS, frozen=True)
+class AutoSection:
+    """Lower level: `bilevel_jax.Auto`, warm-started, for many states."""
+
+    name: Literal["auto"] = "auto"
+    tolerance: NonNegative | None = None
+    max_steps: Count = 100_000
+
+
+@dataclass(config=STRICT_KEYS, frozen=True)
 class DescentSection:
     """Adjoint: `bilevel_jax.Descent`, warm-started; the paper's."""
 
@@ -63,6 +72,15 @@ class GMRESSection:
 
 
 @dataclass(config=STRICT_KEYS, frozen=True)
+class BiCGStabSection:
+    """Adjoint: `bilevel_jax.BiCGStab`, for many states, in less memory."""
+
+    name: Literal["bicgstab"] = "bicgstab"
+    tolerance: Positive | None = None
+    max_steps: Count = 5000
+
+
+@dataclass(config=STRICT_KEYS, frozen=True)
 class NeumannSection:
     """Adjoint: `bilevel_jax.Neumann`, a truncated series."""
 
@@ -75,12 +93,12 @@ class MSoBiRLSection:
     """Algorithm: `bilevel_jax.algorithms.m_sobirl`."""
 
     name: Literal["m_sobirl"] = "m_sobirl"
-    lower: Annotated[ValueIterationSection | PolicyIterationSection, Field(discriminator="name")] = dataclasses.field(
-        default_factory=PolicyIterationSection
+    lower: Annotated[ValueIterationSection | PolicyIterationSection | AutoSection, Field(discriminator="name")] = (
+        dataclasses.field(default_factory=PolicyIterationSection)
     )
-    adjoint: Annotated[DescentSection | DirectSection | GMRESSection | NeumannSection, Field(discriminator="name")] = (
-        dataclasses.field(default_factory=DirectSection)
-    )
+    adjoint: Annotated[
+        DescentSection | DirectSection | GMRESSection | BiCGStabSection | NeumannSection, Field(discriminator="name")
+    ] = dataclasses.field(default_factory=DirectSection)
 
 
 @dataclass(config=STRICT_KEYS, frozen=True)
@@ -124,8 +142,8 @@ class RunSection:
 
 SECTIONS = {
     "algorithm": (MSoBiRLSection,),
-    "algorithm.lower": (PolicyIterationSection, ValueIterationSection),
-    "algorithm.adjoint": (DirectSection, DescentSection, GMRESSection, NeumannSection),
+    "algorithm.lower": (PolicyIterationSection, ValueIterationSection, AutoSection),
+    "algorithm.adjoint": (DirectSection, DescentSection, GMRESSection, BiCGStabSection, NeumannSection),
     "optimizer": (AdamSection, SGDSection),
 }
 """The choices at each place that has a `name`, the default first."""

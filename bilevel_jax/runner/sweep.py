@@ -1,5 +1,6 @@
 """The runs of a sweep as one vmapped, jitted program, cut into chunks that fit a memory limit."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +14,19 @@ import bilevel_jax as bj
 from bilevel_jax.errors import InputError
 from bilevel_jax.runner.config import Config
 
-LOWER = {"value_iteration": bj.ValueIteration, "policy_iteration": bj.PolicyIteration}
-ADJOINT = {"descent": bj.Descent, "direct": bj.Direct, "gmres": bj.GMRES, "neumann": bj.Neumann}
+LOWER = {
+    # M-SoBiRL's own: the last T V as it is.
+    "value_iteration": functools.partial(bj.ValueIteration, centred=False),
+    "policy_iteration": bj.PolicyIteration,
+    "auto": bj.Auto,
+}
+ADJOINT = {
+    "descent": bj.Descent,
+    "direct": bj.Direct,
+    "gmres": bj.GMRES,
+    "bicgstab": bj.BiCGStab,
+    "neumann": bj.Neumann,
+}
 OPTIMIZER = {"sgd": optax.sgd, "adam": optax.adam}
 
 Numbers = dict[str, jax.Array]

@@ -200,7 +200,7 @@ BAD = {
     "target in a wall": (lambda: four_rooms(target=(6, 0)), r"target: \(6, 0\) is no free cell"),
     "unknown layout": (
         lambda: four_rooms(transition="sparse"),
-        r"transition: expected 'dense' or 'successor'.*'sparse'",
+        r"transition: expected 'dense', 'successor' or 'stencil'.*'sparse'",
     ),
     "NaN beta": (lambda: four_rooms(beta=np.nan), r"^beta is nan"),
     "text beta": (lambda: four_rooms(beta="high"), r"beta: expected an array of numbers, got str"),

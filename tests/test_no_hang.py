@@ -1,7 +1,9 @@
 """Batched linear solves on the CPU must not hang, in fresh processes with nothing set for them.
 
 XLA's CPU thread pool deadlocks on concurrent batched LAPACK calls, in most runs on 2 cores
-(bilevel_jax/batching.py). Whether it does is a matter of luck, hence many processes.
+(bilevel_jax/batching.py). Whether it does is a matter of luck, hence many processes. The first two of them compile, the
+others mostly load what those compiled, which hangs as readily: with batched LAPACK calls allowed, 2 of 3 processes that
+loaded did, and 1 of 2 that compiled.
 """
 
 import os
@@ -75,10 +77,11 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def environment():
-    """Ours without what changes jax's threads, so that the children see the defaults."""
+def environment(cache):
+    """Ours without what changes jax's threads, so that the children see the defaults; and a folder of compiled code."""
     changes = ("NPROC", "XLA_", "JAX_", "OMP_", "OPENBLAS_", "MKL_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(changes)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(changes)}
+    return kept | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 def run_processes(script, path, count):
@@ -91,7 +94,12 @@ def run_processes(script, path, count):
         try:
             command = [sys.executable, "-c", script, str(path)]
             done = subprocess.run(
-                command, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False
+                command,
+                env=environment(path.parent / "compiled"),
+                capture_output=True,
+                text=True,
+                timeout=LIMIT,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             stop.set()

@@ -3,6 +3,7 @@
 from bilevel_jax import agents, algorithms, environments, estimators, preferences, problems
 from bilevel_jax.adjoint import (
     GMRES,
+    AdaptiveKrylov,
     BiCGStab,
     ConstantDeflation,
     Descent,
@@ -57,6 +58,7 @@ __all__ = [
     "GMRES",
     "MDP",
     "MESSAGES",
+    "AdaptiveKrylov",
     "AdaptivePolicyIteration",
     "AndersonIteration",
     "Auto",

@@ -12,6 +12,7 @@ from helpers import central_difference, densify, random_process
 import bilevel_jax as bj
 from bilevel_jax.adjoint import default_linear_solver, linear_solve
 from bilevel_jax.adjoint import direct as direct_module
+from bilevel_jax.problems.grid import dynamics, parse_map
 from bilevel_jax.transitions import DenseOperator, PolicyOperator
 
 STATES, ACTIONS, DISCOUNT = 12, 3, 0.95
@@ -23,6 +24,7 @@ SOLVERS = {
     "gmres": bj.GMRES(),
     "gmres restarted": bj.GMRES(restart=4),
     "bicgstab": bj.BiCGStab(),
+    "adaptive": bj.AdaptiveKrylov(),
     "neumann": bj.Neumann(1000, 1e-10),
     "descent": bj.Descent(0.5, 200_000, 1e-10),
     "gmres jacobi": bj.GMRES(preconditioner=bj.Jacobi()),
@@ -60,7 +62,7 @@ def norm(x, transpose):
     return np.abs(x).sum() if transpose else np.abs(x).max()
 
 
-QUICK = ("direct", "gmres", "bicgstab", "neumann", "descent", "bicgstab constant")
+QUICK = ("direct", "gmres", "bicgstab", "adaptive", "neumann", "descent", "bicgstab constant")
 BY_SPEED = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SOLVERS]
 
 
@@ -265,7 +267,7 @@ def test_direct_refuses_a_matrix_that_is_too_large(monkeypatch):
 
 def test_the_default_follows_the_number_of_states():
     assert isinstance(default_linear_solver(100), bj.Direct)
-    assert isinstance(default_linear_solver(100_000), bj.BiCGStab)
+    assert isinstance(default_linear_solver(100_000), bj.AdaptiveKrylov)
 
 
 @pytest.mark.parametrize(
@@ -282,3 +284,38 @@ def test_the_default_follows_the_number_of_states():
 def test_bad_settings(make, message):
     with pytest.raises(bj.InputError, match=message):
         make()
+
+
+def goal_grid_operator(side, discount):
+    """All mass moves to one corner of a grid: until it has arrived, the 2-norm of a transposed residual grows."""
+    corner = side * side - 1
+    transition = dynamics(parse_map("\n".join(["." * side] * side)), 0.1, "stencil")
+    reward = np.full((side * side, 4), -0.01)
+    reward[corner] = 1
+    mdp = bj.MDP(transition, reward, discount)
+    return mdp, PolicyOperator(transition, discount * bj.solve(mdp, bj.ShannonEntropy(0.1)).policy)
+
+
+@pytest.mark.parametrize("solver", [bj.BiCGStab(1e-8), bj.AdaptiveKrylov(1e-8)], ids=["bicgstab", "adaptive"])
+def test_transposed_solve_of_a_policy_that_gathers_all_mass(solver):
+    mdp, operator = goal_grid_operator(40, 0.99)
+    w, stats = one_way(solver, operator, 0.99, mdp.initial, transpose=True)
+    assert int(stats.result) == bj.Result.CONVERGED
+    exact = np.linalg.solve(np.eye(1600) - np.asarray(operator.fold().matrix()).T, mdp.initial)
+    assert np.abs(np.asarray(w) - exact).sum() <= float(stats.error_bound)
+    np.testing.assert_allclose(np.sum(w), 100, rtol=1e-5)  # the occupancy of 1 / (1 - discount) steps
+
+
+def test_extrapolation_makes_the_number_of_products_independent_of_the_discount():
+    rng = np.random.default_rng(0)
+    successor = rng.integers(1000, size=(5, 1000, 4), dtype=np.int32)
+    kernel = bj.SuccessorTransition(successor, np.moveaxis(rng.dirichlet(np.ones(5), (1000, 4)), -1, 0))
+    for transpose in (False, True):
+        steps = []
+        for discount in (0.9, 0.9999):
+            operator = PolicyOperator(kernel, jnp.full((1000, 4), discount / 4))
+            rhs = jnp.asarray(rng.uniform(size=1000))
+            _, stats = one_way(bj.AdaptiveKrylov(1e-6), operator, discount, rhs, transpose=transpose)
+            assert int(stats.result) == bj.Result.CONVERGED
+            steps.append(int(stats.steps))
+        assert max(steps) < 30  # plain sweeps would take 138,000

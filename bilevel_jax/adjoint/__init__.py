@@ -5,6 +5,7 @@ and the right-hand side; each solve reports its own result, so that an adjoint t
 a gradient.
 """
 
+from bilevel_jax.adjoint.adaptive import AdaptiveKrylov
 from bilevel_jax.adjoint.bicgstab import BiCGStab
 from bilevel_jax.adjoint.descent import Descent
 from bilevel_jax.adjoint.direct import Direct
@@ -17,6 +18,7 @@ from bilevel_jax.adjoint.solve import DIRECT_LIMIT, default_linear_solver, linea
 __all__ = [
     "DIRECT_LIMIT",
     "GMRES",
+    "AdaptiveKrylov",
     "Attempt",
     "BiCGStab",
     "ConstantDeflation",

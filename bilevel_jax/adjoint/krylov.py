@@ -16,9 +16,11 @@ from bilevel_jax.transitions import PolicyOperator, StateOperator, TransposedOpe
 from bilevel_jax.validation import require_instance, require_setting
 
 # A segment that gains nothing is followed by this many plain sweeps x <- b + M x, which contract in the sup
-# norm (in the 1-norm if transposed) whatever M, and by another segment; after so many in a row it ends.
+# norm (in the 1-norm if transposed) whatever M, and by another segment; twice as many the next time, up to so
+# many failures in a row. A policy that carries all mass to few states needs them: until it has arrived, the
+# 2-norm of the residual grows, and no Krylov method that watches it gains anything.
 SWEEPS = 8
-FAILURES = 3
+FAILURES = 9
 # In units of eps |x|: where the default tolerance is below, this is what ends a solve; and a segment that gains
 # next to nothing this near to rounding is the last.
 FLOOR = 4
@@ -126,9 +128,11 @@ def _restarted(solver, system, prepared, rhs, guess, transpose):
             return x, gap, norm, steps, p.failures
 
         def sweep(_):
-            x, gap = lax.fori_loop(0, SWEEPS, lambda _, c: (c[0] + c[1], system.apply(c[1])), (p.x, p.gap))
+            sweeps = jnp.minimum(SWEEPS << p.failures, jnp.maximum(most_steps - steps, 1))
+            x, gap = lax.fori_loop(0, sweeps, lambda _, c: (c[0] + c[1], system.apply(c[1])), (p.x, p.gap))
+            x = x + extrapolation(gap, system.apply(gap))[0]
             gap = residual_of(system, x, rhs)
-            return x, gap, jnp.linalg.norm(gap), steps + SWEEPS + 1, p.failures + 1
+            return x, gap, jnp.linalg.norm(gap), steps + sweeps + 2, p.failures + 1
 
         x, gap, norm, steps, failures = lax.cond(gained, accept, sweep, None)
         better = norm < p.best[2]
@@ -149,6 +153,19 @@ def _restarted(solver, system, prepared, rhs, guess, transpose):
     # Plain sweeps of finite numbers are finite: where the last one was not, the operator or the right-hand side is not.
     x = jnp.where(jnp.isfinite(out.norm), x, jnp.nan)
     return x, out.steps, (out.failures >= FAILURES) | out.near, gap
+
+
+def extrapolation(term: jax.Array, following: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The sum of a geometric series that starts with `term` and goes on with `following` = M term.
+
+    The ratio is the least-squares one; it is the slowest mode's, once the others have died. Returns the sum
+    [S], the residual [S] that it leaves of `term`, and that residual's 2-norm.
+    """
+    square = jnp.sum(term * term)
+    ratio = jnp.sum(term * following) / jnp.where(square == 0, 1, square)
+    ratio = jnp.where(jnp.abs(ratio) < 1, ratio, 0)
+    left = (following - ratio * term) / (1 - ratio)
+    return term / (1 - ratio), left, jnp.linalg.norm(left)
 
 
 def _shared(operator_batched: StateOperator) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevel_jax.adjoint.bicgstab import BiCGStab
+from bilevel_jax.adjoint.adaptive import AdaptiveKrylov
 from bilevel_jax.adjoint.direct import Direct
 from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, LinearStats, power_of_two, residual_of
 from bilevel_jax.results import Result
@@ -23,8 +23,8 @@ NEAR_FLOOR = 1000
 
 
 def default_linear_solver(num_states: int) -> LinearSolver:
-    """Direct up to `DIRECT_LIMIT` states, BiCGStab above."""
-    return Direct() if num_states <= DIRECT_LIMIT else BiCGStab()
+    """Direct up to `DIRECT_LIMIT` states, AdaptiveKrylov above."""
+    return Direct() if num_states <= DIRECT_LIMIT else AdaptiveKrylov()
 
 
 def linear_solve(

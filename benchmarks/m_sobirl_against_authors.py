@@ -81,7 +81,7 @@ def ours(data: dict[str, np.ndarray]) -> tuple[np.ndarray, list[float]]:
     problem = Synthetic(*arrays, discount=jnp.asarray(0.5), temperature=jnp.asarray(1.0))
     # 10 sweeps with an early stop, one adjoint step of 0.5, an upper step of 8e-3: as in their code.
     algorithm = bj.algorithms.m_sobirl(
-        problem, optax.sgd(8e-3), lower=bj.ValueIteration(1e-6, 10), adjoint=bj.Descent(0.5)
+        problem, optax.sgd(8e-3), lower=bj.ValueIteration(1e-6, 10, centred=False), adjoint=bj.Descent(0.5)
     )
     state = algorithm.init(
         jax.random.key(0),

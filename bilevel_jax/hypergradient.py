@@ -123,7 +123,7 @@ class Implicit(Method):
     """The implicit function theorem at the solved lower level.
 
     Args:
-      solver: of the lower level; None is `PolicyIteration()`.
+      solver: of the lower level; None is `Auto()`.
       adjoint: linear solver of the adjoint; None chooses by the number of states.
     """
 

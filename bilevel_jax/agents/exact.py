@@ -16,7 +16,7 @@ class ExactAgent(Agent):
     """Solves the lower level on the model, warm-started; takes no steps of the simulator.
 
     Args:
-      solver: of the lower level; None is `PolicyIteration()`.
+      solver: of the lower level; None is `Auto()`.
 
     Raises:
       InputError: the problem has no model, i.e. not the methods of `bilevel_jax.Problem`.

@@ -112,7 +112,7 @@ def m_sobirl(
       problem: a `Problem`; its numbers are leaves and may be changed or vmapped.
       optimizer: an optax transformation. Build it once: a new one is a new structure. Its numbers
         are leaves of the state with `optax.inject_hyperparams`.
-      lower: None is `ValueIteration(max_steps=10)`, warm-started. `PolicyIteration()` is exact.
+      lower: None is `ValueIteration(max_steps=10, centred=False)`, warm-started. `PolicyIteration()` is exact.
       adjoint: None is `Descent(step_size=0.5, steps=1)`. `Direct()` or `GMRES()` is exact.
 
     Returns:

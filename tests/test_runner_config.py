@@ -243,7 +243,7 @@ BAD_VALUES = [
     ("problem.goals", "[[99, 1]]", r"\(99, 1\) is no free cell"),
     ("problem.origin", "[0, 0]", "no free cell"),
     ("problem.target", "[1.5, 2]", "valid integer"),
-    ("problem.transition", "sparse", "'dense' or 'successor'.*sparse"),
+    ("problem.transition", "sparse", "'dense', 'successor' or 'stencil'.*sparse"),
     ("problem.transition", "3", "valid string"),
     ("sweep.seed", "[]", "at least 1 item"),
     ("sweep.seed", "3", "valid list"),

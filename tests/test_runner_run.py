@@ -245,9 +245,13 @@ def test_best_x_has_the_best_value(rooms):
 def test_best_of_all_iterations_is_kept(tmp_path):
     """A step far too long: the start is the best, and not the end."""
     done = finished(tmp_path, SYNTHETIC, "sweep.optimizer.learning_rate=[50.0]", *FIVE_SEEDS)
-    for number, point in enumerate(done.config.grid):
+    grid = done.config.grid
+    # The run's own start to the bit; the problem's up to the last bit, which compiling both together may change.
+    starts = Program(done.config).start({key: jnp.asarray([point[key] for point in grid]) for key in grid[0]}).state.x
+    for number, point in enumerate(grid):
+        np.testing.assert_array_equal(done.final["best_x"][number], starts[number])
         start_x = problem_of(done.config, point).start(jax.random.key(point["seed"]))
-        np.testing.assert_array_equal(done.final["best_x"][number], start_x)
+        np.testing.assert_array_almost_equal_nulp(np.asarray(starts[number]), np.asarray(start_x), 2)
         record = done.runs[number]
         assert float(record["best_value"]) == done.curve(number)[0] < float(record["final_value"])
     assert done.summary["best_value"] < done.summary["final_value"]

@@ -1,8 +1,9 @@
 """Tests run in float64 with strict promotion; float32 is asked for where it is tested.
 
-Nearly all of their time is XLA's compile time: without LLVM's optimizations and the MLIR fusion emitters it is half of
-what it was. An XLA_FLAGS that is already set, even to nothing, is left alone: `XLA_FLAGS= pytest` compiles as users do.
-Processes that tests start inherit the flags; test_no_hang.py, for which they matter, removes them.
+Nearly all of the fast tests' time is XLA's compile time: without LLVM's optimizations and the MLIR fusion emitters it
+is half of what it was. The slow ones run for longer than they compile and keep the cheaper optimizations. An XLA_FLAGS
+that is already set, even to nothing, is left alone: `XLA_FLAGS= pytest` compiles as users do. Processes that tests
+start inherit the flags; test_no_hang.py, for which they matter, removes them.
 """
 
 import mmap
@@ -10,7 +11,10 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-CHEAP = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": "false"}
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def known(flags):
@@ -23,10 +27,9 @@ def known(flags):
     return found
 
 
-if "XLA_FLAGS" not in os.environ:  # before jax is imported
-    os.environ["XLA_FLAGS"] = " ".join(f"--{flag}={CHEAP[flag]}" for flag in sorted(known(CHEAP)))
-
-import jax  # noqa: E402
-
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+def pytest_configure(config):
+    """Before anything is compiled, which is when XLA reads its flags; xdist's workers inherit them."""
+    if "XLA_FLAGS" not in os.environ:
+        level = "1" if config.option.markexpr == "slow" else "0"
+        flags = {"xla_backend_optimization_level": level, "xla_cpu_use_fusion_emitters": "false"}
+        os.environ["XLA_FLAGS"] = " ".join(f"--{flag}={flags[flag]}" for flag in sorted(known(flags)))

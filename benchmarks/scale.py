@@ -7,13 +7,13 @@
 
 A = 4 actions. `random`: K = 4 random successors a pair, as lists; `random, predecessors`: the same with lists of
 predecessors; `grid`: an open square grid with slip 0.1 as a stencil, K = 5 (four moves and staying). Rewards N(0, 1),
-one a pair (random) or a cell (grid), Shannon entropy at 0.1, discount 0.95. Float32 is solved to 2e-3, float64 to
-2e-5, about 1e-4 and 1e-6 of max |V*|; the gradient is that of initial . V* in the reward, its adjoint to 1e-6
+one a pair (random) or a cell (grid), Shannon entropy at 0.1, discount 0.95. Float32 is solved to 5e-3, float64 to
+2e-5, about 2e-4 and 1e-6 of max |V*|; the gradient is that of initial . V* in the reward, its adjoint to 1e-6
 (float32: 1e-5).
 
 A transition is an entry [k, s, a]. Memory is what is resident: `arguments` are the MDP's arrays, `solve` and
 `gradient` what each adds at its most, `building` what the constructors and their checks add at their most, `process`
-all there is. `sweep_of_copy` is the rate at which a Bellman sweep reads and writes what it must, each array once, over
+all there is. Products are counted with sweeps. `sweep_of_copy` is the rate at which a Bellman sweep reads and writes what it must, each array once, over
 that of a plain copy of as much. The value is checked by numpy (MacQueen's bounds), the gradient by its flow equation
 (see `differentiation.py`). Median seconds.
 """
@@ -41,7 +41,7 @@ from bilevel_jax.bellman import backup
 ACTIONS, SLOTS, DISCOUNT, TEMPERATURE = 4, 4, 0.95, 0.1
 SIZES = (10**4, 10**5, 10**6, 10**7)
 MOST = {"float32": 10**7, "float64": 10**6}
-TOLERANCE = {"float32": (2e-3, 1e-5), "float64": (2e-5, 1e-6)}
+TOLERANCE = {"float32": (5e-3, 1e-5), "float64": (2e-5, 1e-6)}
 FORMS = ("random", "random, predecessors", "grid")
 LOOP = 5
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "scale.png"
@@ -201,6 +201,8 @@ def cell(form: str, states: int, dtype_name: str, repeats: int) -> dict[str, Any
     solution = results["solve"]
     out |= {"sweeps": int(solution.stats.steps), "products": int(solution.stats.products)}
     out |= {"result": int(solution.result), "process_bytes": memory.process}
+    rounds = entries * (out["sweeps"] + out["products"])
+    out["solve_ns_per_transition_and_product"] = 1e9 * out["solve_seconds"]["median"] / rounds
     out["peak_bytes_per_transition"] = (arguments + max(out["solve_bytes"], out["gradient_bytes"])) / entries
 
     width = np.dtype(dtype).itemsize
@@ -256,17 +258,18 @@ def plot(cells: dict[str, Any], picture: Path) -> None:
 def table(cells: dict[str, Any]) -> str:
     """Markdown."""
     names = ("cell", "solve, s", "and gradient, s", "ns a transition", "bytes a transition", "process, GiB")
-    names += ("building, GiB", "sweep of copy")
+    names += ("ns a transition and product of the solve", "building, GiB", "sweep of copy")
     lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
     for key, row in cells.items():
         if "failed" in row:
-            lines.append(f"| {key} | failed: {row['failed']} {row['error']} | | | | | | |")
+            lines.append(f"| {key} | failed: {row['failed']} {row['error']} |" + " |" * 7)
             continue
         both = f"{row['solve_ns_per_transition']:.1f}, {row['gradient_ns_per_transition']:.1f}"
         times = [row[f"{name}_seconds"]["median"] for name in ("solve", "gradient")]
         lines.append(
             f"| {key} | {times[0]:.3g} | {times[1]:.3g} | {both} | {row['peak_bytes_per_transition']:.1f} | "
-            f"{row['process_bytes'] / 2**30:.2f} | {row['building_bytes'] / 2**30:.2f} | {row['sweep_of_copy']:.0%} |"
+            f"{row['process_bytes'] / 2**30:.2f} | "
+            f"{row['solve_ns_per_transition_and_product']:.2f} | {row['building_bytes'] / 2**30:.2f} | {row['sweep_of_copy']:.0%} |"
         )
     return "\n".join(lines)
 

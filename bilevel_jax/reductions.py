@@ -15,6 +15,9 @@ from jax import lax
 
 # Above this, a reduction is long enough for the compiler's own.
 UNROLLED = 16
+# From so many entries a slot on, a CPU sums slots in a loop: unrolled inside a solver's loop, each slot's indices
+# are copied out of their array beforehand, which took 20 to 40% longer and twice the memory (benchmarks/scale.py).
+LOOPED = 8192
 
 
 def sum_last(x: jax.Array) -> jax.Array:
@@ -28,13 +31,22 @@ def max_last(x: jax.Array) -> jax.Array:
 
 
 def sum_slots(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """sum_k term(array_0[k], array_1[k], ...): the first axis taken apart, by a loop where it is long."""
-    slots = arrays[0].shape[0]
-    if slots <= UNROLLED:
-        terms = [term(*(array[k] for array in arrays)) for k in range(slots)]
-        return functools.reduce(operator.add, terms)
-    first = term(*(array[0] for array in arrays))
-    return lax.scan(lambda total, rest: (total + term(*rest), None), first, tuple(a[1:] for a in arrays))[0]
+    """sum_k term(array_0[k], array_1[k], ...): the first axis taken apart, by a loop where it or the rest is long."""
+    slots, entries = arrays[0].shape[0], arrays[0][0].size
+
+    def unrolled(*arrays):
+        return functools.reduce(operator.add, (term(*(array[k] for array in arrays)) for k in range(slots)))
+
+    def looped(*arrays):
+        one = jax.eval_shape(term, *(array[0] for array in arrays))
+        start = jnp.zeros(one.shape, one.dtype)
+        return lax.scan(lambda total, slot: (total + term(*slot), None), start, arrays)[0]
+
+    if slots > UNROLLED:
+        return looped(*arrays)
+    if entries < LOOPED:
+        return unrolled(*arrays)
+    return lax.platform_dependent(*arrays, cpu=looped, default=unrolled)
 
 
 def argmax_last(x: jax.Array) -> jax.Array:

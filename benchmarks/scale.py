@@ -13,9 +13,9 @@ one a pair (random) or a cell (grid), Shannon entropy at 0.1, discount 0.95. Flo
 
 A transition is an entry [k, s, a]. Memory is what is resident: `arguments` are the MDP's arrays, `solve` and
 `gradient` what each adds at its most, `building` what the constructors and their checks add at their most, `process`
-all there is. Products are counted with sweeps. `sweep_of_copy` is the rate at which a Bellman sweep reads and writes what it must, each array once, over
-that of a plain copy of as much. The value is checked by numpy (MacQueen's bounds), the gradient by its flow equation
-(see `differentiation.py`). Median seconds.
+all there is. Products are counted with sweeps. `sweep_of_copy` is the rate at which a Bellman sweep reads and writes
+what it must, each array once, over that of a plain copy of as much. The value is checked by numpy (MacQueen's bounds),
+the gradient by its flow equation (see `differentiation.py`). Median seconds.
 """
 
 import argparse
@@ -269,7 +269,8 @@ def table(cells: dict[str, Any]) -> str:
         lines.append(
             f"| {key} | {times[0]:.3g} | {times[1]:.3g} | {both} | {row['peak_bytes_per_transition']:.1f} | "
             f"{row['process_bytes'] / 2**30:.2f} | "
-            f"{row['solve_ns_per_transition_and_product']:.2f} | {row['building_bytes'] / 2**30:.2f} | {row['sweep_of_copy']:.0%} |"
+            f"{row['solve_ns_per_transition_and_product']:.2f} | "
+            f"{row['building_bytes'] / 2**30:.2f} | {row['sweep_of_copy']:.0%} |"
         )
     return "\n".join(lines)
 

@@ -148,7 +148,7 @@ def test_adaptive_policy_iteration_sweeps_on_fast_chains_and_solves_on_slow_ones
     for mdp, most in ((fast, 80), (slow, 1000)):
         tolerance = 1e-4
         adaptive, modified = (
-            bj.check(bj.solve(mdp, bj.ShannonEntropy(0.1), solver=solver(tolerance)))
+            bj.check(bj.solve(mdp, bj.ShannonEntropy(0.1), solver=solver(tolerance, forcing=0.2)))
             for solver in (bj.AdaptivePolicyIteration, bj.ModifiedPolicyIteration)
         )
         np.testing.assert_allclose(adaptive.value, modified.value, atol=2 * tolerance, rtol=0)

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevel_jax.adjoint import BiCGStab, Preconditioner, linear_solve
-from bilevel_jax.bellman import sup_norm
+from bilevel_jax.adjoint import BiCGStab, Preconditioner, linear_solve, residual_of
 from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
 from bilevel_jax.solvers.loop import Solver
 from bilevel_jax.validation import require_instance, require_setting
@@ -16,8 +15,12 @@ from bilevel_jax.validation import require_instance, require_setting
 KRYLOV_COST = 1.5
 # What a Krylov solve is expected to gain a product, in nats of the residual, before it was tried.
 PRIOR_RATE = 0.15
+# A solve that gained less counts as this: one bad policy must not rule Krylov solves out for good.
+LEAST_RATE = PRIOR_RATE / 10
 # A Krylov solver that was not used looks better by this factor each step, so that it is tried again.
 OPTIMISM = 1.1
+# A Krylov solve makes at most so many times `sweeps` products.
+BUDGET = 3
 # Sweeps before the choice; the rate is that of the last half of them.
 TRIAL = 8
 # Newton's steps need not narrow the bracket each time; after so many that did not, only sweeps follow.
@@ -57,7 +60,7 @@ class AdaptivePolicyIteration(Solver):
     tolerance: Any = None
     max_steps: Any = 100_000
     sweeps: Any = 50
-    forcing: Any = 0.3
+    forcing: Any = 0.2
     krylov_forcing: Any = 0.03
     preconditioner: Preconditioner | None = None
 
@@ -97,17 +100,20 @@ class AdaptivePolicyIteration(Solver):
 
         def solve(_):
             fraction = jnp.maximum(jnp.asarray(self.krylov_forcing, dtype), enough)
-            # No more than sweeps would need: what is lost by trying is bounded.
-            budget = jnp.log(1 / fraction) / jnp.maximum(sweep_rate, 1e-4)
-            krylov = BiCGStab(fraction, jnp.maximum(budget, TRIAL).astype(jnp.int32), self.preconditioner)
+            # What is lost by trying is bounded: policies that change do not deserve more.
+            krylov = BiCGStab(fraction, BUDGET * most, self.preconditioner)
             rest = operator.apply(term)
             total, stats = linear_solve(krylov, operator, mdp.modulus, rest, share=False)
-            products = stats.steps.astype(jnp.int32) + 1
-            rate = jnp.log(sup_norm(rest) / stats.residual) / products.astype(dtype)
-            return trial + total, products, jnp.where(jnp.isfinite(rate), rate, 0)
+            # In the span, as of sweeps: what a solve takes off a constant error, the bracket does for nothing.
+            products = stats.steps.astype(jnp.int32) + 2
+            rate = jnp.log(span(rest) / span(residual_of(operator, total, rest))) / products.astype(dtype)
+            return trial + total, products, jnp.where(rate > LEAST_RATE, rate, LEAST_RATE)
 
         stale = jnp.where(swept.half_width < state.best, 0, state.stale + 1)
-        worth_it = (state.krylov_rate / KRYLOV_COST > sweep_rate) & (stale < PATIENCE)
+        # A solve goes deeper than sweeps would, which is lost on a policy that will change: only where sweeps would not
+        # get as far as they should.
+        short = (most - made).astype(dtype) * sweep_rate < jnp.log(span(term) / stop)
+        worth_it = short & (state.krylov_rate / KRYLOV_COST > sweep_rate) & (stale < PATIENCE)
         total, products, krylov_rate = lax.cond((second >= TRIAL - TRIAL // 2) & worth_it, solve, sweep, None)
         state = Record(krylov_rate, jnp.minimum(state.best, swept.half_width), stale)
         return swept.value + total, state, made + products

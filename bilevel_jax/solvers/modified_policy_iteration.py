@@ -29,7 +29,7 @@ class ModifiedPolicyIteration(Solver):
     tolerance: Any = None
     max_steps: Any = 100_000
     sweeps: Any = 50
-    forcing: Any = 0.3
+    forcing: Any = 0.1
 
     def __check_init__(self):
         require_setting("sweeps", self.sweeps, 0, "20 to 50 is usual", whole=True)

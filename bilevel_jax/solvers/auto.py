@@ -3,9 +3,9 @@
 from typing import Any
 
 from bilevel_jax.solvers.adaptive import AdaptivePolicyIteration
-from bilevel_jax.solvers.anderson import AndersonIteration
 from bilevel_jax.solvers.loop import Solver
 from bilevel_jax.solvers.policy_iteration import PolicyIteration
+from bilevel_jax.solvers.value_iteration import ValueIteration
 from bilevel_jax.transitions import DenseTransition
 
 # Up to this many states, Newton's method with a factorization each step (docs/performance.md).
@@ -15,7 +15,7 @@ NEWTON_LIMIT = 64
 class Auto(Solver):
     """`PolicyIteration` by factorizations for few states, `AdaptivePolicyIteration` for more.
 
-    A batch that shares dense transitions goes by `AndersonIteration`: a sweep is one matrix product then,
+    A batch that shares dense transitions goes by `ValueIteration`: a sweep is one matrix product then,
     while policies of its own would give each element a matrix of its own. Which way of evaluation pays at
     more states depends on how fast the chain mixes and on the discount, neither of which is a part of the
     structure: that choice is made while solving, by measurement.
@@ -36,7 +36,7 @@ class Auto(Solver):
             return PolicyIteration(self.tolerance, self.max_steps)
         shared = mdp.batch_shape and mdp.transition.shape == mdp.reward.shape[-2:]
         if shared and isinstance(mdp.transition, DenseTransition):
-            return AndersonIteration(self.tolerance, self.max_steps)
+            return ValueIteration(self.tolerance, self.max_steps)
         return AdaptivePolicyIteration(self.tolerance, self.max_steps)
 
     def step(self, mdp, swept, state):

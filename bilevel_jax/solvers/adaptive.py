@@ -101,7 +101,7 @@ class AdaptivePolicyIteration(Solver):
         def solve(_):
             fraction = jnp.maximum(jnp.asarray(self.krylov_forcing, dtype), enough)
             # What is lost by trying is bounded: policies that change do not deserve more.
-            krylov = BiCGStab(fraction, BUDGET * most, self.preconditioner)
+            krylov = BiCGStab(fraction, max_steps=BUDGET * most, preconditioner=self.preconditioner)
             rest = operator.apply(term)
             total, stats = linear_solve(krylov, operator, mdp.modulus, rest, share=False)
             # In the span, as of sweeps: what a solve takes off a constant error, the bracket does for nothing.

@@ -8,8 +8,10 @@ from bilevel_jax.solvers.policy_iteration import PolicyIteration
 from bilevel_jax.solvers.value_iteration import ValueIteration
 from bilevel_jax.transitions import DenseTransition
 
-# Up to this many states, Newton's method with a factorization each step (docs/performance.md).
+# Up to this many states, Newton's method with a factorization each step (docs/performance.md). Where working precision
+# is asked for, Newton's last step gives digits that other ways have to earn one by one.
 NEWTON_LIMIT = 64
+NEWTON_LIMIT_PRECISE = 128
 
 
 class Auto(Solver):
@@ -32,7 +34,8 @@ class Auto(Solver):
     max_steps: Any = 100_000
 
     def resolve(self, mdp):
-        if mdp.num_states <= NEWTON_LIMIT:
+        limit = NEWTON_LIMIT_PRECISE if self.tolerance is None else NEWTON_LIMIT
+        if mdp.num_states <= limit:
             return PolicyIteration(self.tolerance, self.max_steps)
         shared = mdp.batch_shape and mdp.transition.shape == mdp.reward.shape[-2:]
         if shared and isinstance(mdp.transition, DenseTransition):

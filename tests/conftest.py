@@ -1,9 +1,9 @@
 """Tests run in float64 with strict promotion; float32 is asked for where it is tested.
 
-Nearly all of the fast tests' time is XLA's compile time: without LLVM's optimizations and the MLIR fusion emitters it
-is half of what it was. The slow ones run for longer than they compile and keep the cheaper optimizations. An XLA_FLAGS
-that is already set, even to nothing, is left alone: `XLA_FLAGS= pytest` compiles as users do. Processes that tests
-start inherit the flags; test_no_hang.py, for which they matter, removes them.
+Nearly all of most tests' time is XLA's compile time: without LLVM's optimizations and the MLIR fusion emitters it is
+half of what it was. Slow tests that run for longer than they compile keep the cheaper optimizations. An XLA_FLAGS that
+is already set, even to nothing, is left alone: `XLA_FLAGS= pytest` compiles as users do. Processes that tests start
+inherit the flags; test_no_hang.py, for which they matter, removes them.
 """
 
 import mmap
@@ -12,9 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
+import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+FLAGS = {"xla_backend_optimization_level": "1", "xla_cpu_use_fusion_emitters": "false"}
+RUN_LONG = {"test_estimators", "test_sampled_problems", "test_studies"}
 
 
 def known(flags):
@@ -27,9 +31,13 @@ def known(flags):
     return found
 
 
-def pytest_configure(config):
-    """Before anything is compiled, which is when XLA reads its flags; xdist's workers inherit them."""
-    if "XLA_FLAGS" not in os.environ:
-        level = "1" if config.option.markexpr == "slow" else "0"
-        flags = {"xla_backend_optimization_level": level, "xla_cpu_use_fusion_emitters": "false"}
-        os.environ["XLA_FLAGS"] = " ".join(f"--{flag}={flags[flag]}" for flag in sorted(known(flags)))
+# XLA reads them when something is first compiled; xdist's workers inherit them.
+OURS = " ".join(f"--{flag}={FLAGS[flag]}" for flag in sorted(known(FLAGS)))
+CHEAPLY = os.environ.setdefault("XLA_FLAGS", OURS) == OURS
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures compile
+def pytest_runtest_setup(item):
+    if CHEAPLY:
+        runs_long = item.get_closest_marker("slow") and item.module.__name__ in RUN_LONG
+        jax.config.update("jax_disable_most_optimizations", not runs_long)

@@ -4,14 +4,12 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jax import lax
 
-from bilevel_jax.adjoint.neumann import until
-from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, residual_of
+from bilevel_jax.adjoint.truncated import TruncatedSolver
 from bilevel_jax.validation import require_setting
 
 
-class Descent(LinearSolver):
+class Descent(TruncatedSolver):
     """Gradient steps on |A x - b|^2 / 2 from the guess: x <- x - step_size A' (A x - b).
 
     The adjoint of M-SoBiRL (Yang, Gao and Yuan 2025, Algorithm 1) with `steps` steps an upper
@@ -34,15 +32,6 @@ class Descent(LinearSolver):
     def __check_init__(self):
         require_setting("step_size", self.step_size, 0, "0.5 is usual")
         require_setting("steps", self.steps, 1, "1 is usual", whole=True)
-        if self.tolerance is not None:
-            require_setting("tolerance", self.tolerance, 0, "None takes all steps")
-
-    def relative_tolerance(self, dtype):
-        del dtype
-        return jnp.inf if self.tolerance is None else self.tolerance
-
-    def takes_rounding(self):
-        return self.tolerance is None
 
     def solve(self, operator, prepared, rhs, guess, transpose):
         del prepared
@@ -53,7 +42,4 @@ class Descent(LinearSolver):
         def step(x, gap):
             return x + step_size * (gap - system.T.apply(gap))
 
-        if self.tolerance is None:
-            x = lax.fori_loop(0, self.steps, lambda _, x: step(x, residual_of(system, x, rhs)), start)
-            return Attempt(x, jnp.asarray(2 * self.steps, jnp.int32), jnp.asarray(False))
-        return until(step, system, rhs, start, self.steps, jnp.asarray(self.tolerance, rhs.dtype), products=2)
+        return self.repeat(step, system, rhs, start, self.steps, products=2)

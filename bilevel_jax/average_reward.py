@@ -24,7 +24,7 @@ from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.occupancy import is_moderate, unichain_operator, unichain_solve
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome, Result
-from bilevel_jax.validation import as_float, require_instance, require_setting
+from bilevel_jax.validation import as_float, require_instance, require_setting, require_stopping
 
 # Half the span of T h - h, in units in the last place of the largest |r| + |h|: what rounding leaves to reach,
 # and up to where an iteration that has stopped to gain is taken to have stopped for rounding.
@@ -100,9 +100,7 @@ class AverageRewardSolver(eqx.Module):
     max_steps: eqx.AbstractVar[Any]
 
     def __check_init__(self):
-        if self.tolerance is not None:
-            require_setting("tolerance", self.tolerance, 0, "None asks for working precision")
-        require_setting("max_steps", self.max_steps, 1, "1000 is usual", whole=True)
+        require_stopping(self.tolerance, self.max_steps)
 
     @abc.abstractmethod
     def step(self, mdp: MDP, regularizer: Regularizer, iterate: Iterate) -> Step:

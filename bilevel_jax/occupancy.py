@@ -149,7 +149,7 @@ class UnichainOperator(StateOperator):
 
     def diagonal(self):
         """The diagonal, [S]."""
-        return self.operator.diagonal() - self.border  # type: ignore[attr-defined]
+        return self.operator.diagonal() - self.border
 
     def fold(self):
         return UnichainOperator(self.operator.fold(), self.border)
@@ -196,12 +196,12 @@ class OnlyIfRegular(LinearSolver):
         return self.solver.takes_rounding()
 
     def _is_regular(self, operator: StateOperator, prepared: Any) -> jax.Array:
-        border = operator.border  # type: ignore[attr-defined]
-        probe = jax.random.normal(jax.random.key(0), border.shape, border.dtype)
+        state = jax.eval_shape(operator.diagonal)
+        probe = jax.random.normal(jax.random.key(0), state.shape, state.dtype)
         x = self.solver.solve(operator, prepared, probe, jnp.zeros_like(probe), False)[0]
         gap = jnp.linalg.norm(residual_of(operator, x, probe))
-        eps = jnp.finfo(border.dtype).eps
-        tolerance = jnp.asarray(self.solver.relative_tolerance(border.dtype), border.dtype)
+        eps = jnp.finfo(probe.dtype).eps
+        tolerance = jnp.asarray(self.solver.relative_tolerance(probe.dtype), probe.dtype)
         solved = gap <= 1.01 * tolerance * jnp.linalg.norm(probe) + 8 * eps * jnp.linalg.norm(x)
         return solved & is_moderate(x, probe)
 

@@ -60,6 +60,13 @@ def require_setting(name: str, value: Any, least: int, remedy: str, *, whole: bo
     require_at_least(name, array, least, remedy)
 
 
+def require_stopping(tolerance: Any, max_steps: Any) -> None:
+    """Raise if an iteration's tolerance, a number or None, is below 0, or its max_steps below 1."""
+    if tolerance is not None:
+        require_setting("tolerance", tolerance, 0, "None asks for working precision")
+    require_setting("max_steps", max_steps, 1, "1000 is usual", whole=True)
+
+
 def _first(where: np.ndarray) -> str:
     index = [int(i) for i in np.argwhere(where)[0]]
     return str(index) if index else ""  # a number has no index

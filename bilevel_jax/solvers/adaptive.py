@@ -8,7 +8,7 @@ from jax import lax
 
 from bilevel_jax.adjoint import BiCGStab, Preconditioner, linear_solve, residual_of
 from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
-from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.solvers.loop import Stepper
 from bilevel_jax.validation import require_instance, require_setting
 
 # A Krylov product does more beside the product itself than a sweep of evaluation does.
@@ -38,13 +38,14 @@ class Record(NamedTuple):
     stale: jax.Array
 
 
-class AdaptivePolicyIteration(Solver):
+class AdaptivePolicyIteration(Stepper):
     """Modified policy iteration that turns to a Krylov solver where its sweeps are slow.
 
     Each step improves the policy and evaluates it by some sweeps (`ModifiedPolicyIteration`). Where these
-    narrow the span more slowly, product by product, than the last Krylov solve lowered its residual, a
-    Krylov solve ends the evaluation (`NewtonKrylov`). Sweeps win on chains that mix fast, at any discount, and
-    where a policy is still far from optimal; Krylov solvers on slow chains at discounts near 1.
+    narrow the span more slowly, product by product, than the last Krylov solve did, and `sweeps` of them
+    would not reach `forcing`, a Krylov solve ends the evaluation (`NewtonKrylov`). Sweeps win on chains
+    that mix fast, at any discount, and where a policy is still far from optimal; Krylov solvers on slow
+    chains at discounts near 1.
 
     Args:
       tolerance: bound on |value - V*|_inf; None asks for working precision.

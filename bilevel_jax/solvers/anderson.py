@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.solvers.loop import Stepper
 from bilevel_jax.validation import require_setting
 
 # One sweep in so many may be a trial that failed: value iteration would need at least the others.
@@ -34,7 +34,7 @@ class History(NamedTuple):
     trial: jax.Array
 
 
-class AndersonIteration(Solver):
+class AndersonIteration(Stepper):
     """Extrapolates from the last sweeps: V <- the combination of past T V whose combined T V - V is least.
 
     Anderson 1965; Walker and Ni 2011, "Anderson acceleration for fixed-point iterations"; for MDPs Geist and

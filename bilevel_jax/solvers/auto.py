@@ -41,6 +41,3 @@ class Auto(Solver):
         if shared and isinstance(mdp.transition, DenseTransition):
             return ValueIteration(self.tolerance, self.max_steps)
         return AdaptivePolicyIteration(self.tolerance, self.max_steps)
-
-    def step(self, mdp, swept, state):
-        raise NotImplementedError("Auto is resolved before the loop starts")

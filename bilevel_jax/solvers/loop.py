@@ -21,7 +21,7 @@ from bilevel_jax.solvers.certificate import (
     expected_discounts,
     rounding_of_sweep,
 )
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import require_stopping
 
 # Where the bracket is within so many times what rounding allows, a step that does not narrow it is the last.
 STALL = 64
@@ -61,33 +61,40 @@ class Swept(NamedTuple):
 
 
 class Solver(eqx.Module):
-    """The protocol: fields `tolerance` and `max_steps`, and a step.
+    """What `solve` takes: `tolerance` and `max_steps`, and the iteration that they are for.
 
     `tolerance` is a bound on |value - V*|_inf, in units of the reward; None asks for working precision,
     i.e. to go on until rounding leaves nothing to gain. `max_steps` counts Bellman sweeps.
+    """
+
+    tolerance: eqx.AbstractVar[Any]
+    max_steps: eqx.AbstractVar[Any]
+
+    def __check_init__(self):
+        require_stopping(self.tolerance, self.max_steps)
+
+    @abc.abstractmethod
+    def resolve(self, mdp: MDP) -> "Stepper":
+        """The iteration to run on such MDPs, by their structure."""
+
+
+class Stepper(Solver):
+    """A solver that is an iteration: its step.
+
     `batched_on_cpu`: whether vmap on a CPU advances a batch together where it shares its transitions. Else,
     and for solvers that fold policies into them or solve linear systems, whole solves run one after another.
     """
 
     batched_on_cpu: ClassVar[bool] = False
 
-    tolerance: eqx.AbstractVar[Any]
-    max_steps: eqx.AbstractVar[Any]
-
-    def __check_init__(self):
-        if self.tolerance is not None:
-            require_setting("tolerance", self.tolerance, 0, "None asks for working precision")
-        require_setting("max_steps", self.max_steps, 1, "1000 is usual", whole=True)
+    def resolve(self, mdp):
+        del mdp
+        return self
 
     @property
     def is_centred(self) -> bool:
         """Whether the result is the middle of the bracket of V*, or else the last T V as it is."""
         return True
-
-    def resolve(self, mdp: MDP) -> "Solver":
-        """The solver to run on such MDPs: itself, but for one that only chooses."""
-        del mdp
-        return self
 
     def keep(self, mdp: MDP, regularizer: Regularizer, q: jax.Array) -> Any:
         """What a step needs of Q[S, A]."""
@@ -103,7 +110,7 @@ class Solver(eqx.Module):
 
 
 def iterate(
-    solver: Solver, mdp: MDP, regularizer: Regularizer, value: jax.Array | None
+    solver: Stepper, mdp: MDP, regularizer: Regularizer, value: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, SolveStats, Discounts]:
     """Run `solver` from V[S], or from zeros, on one MDP.
 

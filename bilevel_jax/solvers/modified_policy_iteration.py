@@ -5,11 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 
 from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
-from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.solvers.loop import Stepper
 from bilevel_jax.validation import require_setting
 
 
-class ModifiedPolicyIteration(Solver):
+class ModifiedPolicyIteration(Stepper):
     """V <- T_pi^k V, pi the policy at V: value iteration that improves its policy in one sweep of k only.
 
     Puterman and Shin 1978, "Modified policy iteration algorithms for discounted Markov decision problems";

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 from bilevel_jax.adjoint import GMRES, BiCGStab, linear_solve
 from bilevel_jax.solvers.evaluation import improve, policy_operator
-from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.solvers.loop import Stepper
 from bilevel_jax.validation import require_instance, require_setting
 
 # After so many steps that did not narrow the bracket of V*, value iteration takes over until one does.
 PATIENCE = 15
 
 
-class NewtonKrylov(Solver):
+class NewtonKrylov(Stepper):
     """V <- V + x with (I - discount P_pi) x = T V - V solved to a residual of `forcing` times |T V - V|_2.
 
     An inexact Newton method (Dembo, Eisenstat and Steihaug 1982; for MDPs Gargiani et al. 2024, "Inexact

@@ -4,11 +4,11 @@ from typing import Any
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
 from bilevel_jax.solvers.evaluation import improve, policy_operator
-from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.solvers.loop import Stepper
 from bilevel_jax.validation import require_instance
 
 
-class PolicyIteration(Solver):
+class PolicyIteration(Stepper):
     """V <- V + (I - discount P_pi)^-1 (T V - V), pi the policy at V. Quadratic near V*.
 
     With an exact linear solver this is policy iteration with regularized evaluation; the form above

@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax.numpy as jnp
 
-from bilevel_jax.solvers.loop import Solver
+from bilevel_jax.solvers.loop import Stepper
 
 
-class ValueIteration(Solver):
+class ValueIteration(Stepper):
     """V <- T V; one sweep a step and nothing else. The gap falls at the rate of the discount, its span faster.
 
     Args:

@@ -35,7 +35,8 @@ def resident() -> tuple[int, int]:
     From /proc, not getrusage, whose maximum begins with that of the process that started this one.
     """
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))  # type: ignore[return-value]
+    now, most = (1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))
+    return now, most
 
 
 def reset_peak() -> None:

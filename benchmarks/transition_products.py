@@ -49,8 +49,9 @@ def grid_stencil(states: int, dtype: Any) -> bj.StencilTransition:
 
 
 def looped(product: Callable) -> Callable:
-    """`LOOP` products v -> product(v, *arguments), [S] to [S], in one program."""
-    return jax.jit(lambda v, *rest: lax.fori_loop(0, LOOP, lambda _, v: product(v, *rest), v))
+    """`LOOP` products v -> product(v, *arguments), [S] to [S], in one program, which is not told how many."""
+    run = jax.jit(lambda count, v, *rest: lax.fori_loop(0, count, lambda _, v: product(v, *rest), v))
+    return functools.partial(run, LOOP)
 
 
 # What each product computes, [S] to [S]; folding happens before the clock.

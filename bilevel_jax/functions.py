@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.indexing import gather
 from bilevel_jax.validation import as_float
 
 ActionFunction = Callable[[Any], jax.Array]
@@ -29,7 +30,7 @@ class Table(eqx.Module):
             raise InputError(f"values: expected shape [S, A], got {list(self.values.shape)}")
 
     def __call__(self, observation: Any) -> jax.Array:
-        return self.values.at[observation].get(mode="promise_in_bounds")
+        return gather(self.values, observation)
 
 
 class Linear(eqx.Module):

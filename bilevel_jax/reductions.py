@@ -15,9 +15,9 @@ from jax import lax
 
 # Above this, a reduction is long enough for the compiler's own.
 UNROLLED = 16
-# From so many entries a slot on, a CPU sums slots in a loop: unrolled inside a solver's loop, each slot's indices
-# are copied out of their array beforehand, which took 20 to 40% longer and twice the memory (benchmarks/scale.py).
-LOOPED = 8192
+# From so many entries a slot on, a CPU sums slots in a loop. Unrolled, the gathers of all slots are fused into what
+# reduces them: at 10^5 states a solve that takes 40 ms did not end in minutes (docs/performance.md).
+LOOPED = 4096
 
 
 def sum_last(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from bilevel_jax.environments import AutoReset, Environment, TabularEnvironment,
 from bilevel_jax.environments.sampling import choose, two_numbers
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
+from bilevel_jax.indexing import gather
 from bilevel_jax.regularizers import KLDivergence, Regularizer
 from bilevel_jax.validation import as_array, as_float, is_known, require_at_least
 
@@ -99,7 +100,7 @@ def at_states(regularizer: Regularizer, observation: Any) -> Regularizer:
                 "regularizer: it has a row for each state, but observations are not indices of states; give one "
                 "row for all, [A]"
             )
-        return leaf.reshape(-1, leaf.shape[-1]).at[observation].get(mode="promise_in_bounds")
+        return gather(leaf.reshape(-1, leaf.shape[-1]), observation)
 
     return jax.tree.map(rows, regularizer, regularizer.event_ndim())
 

@@ -13,6 +13,7 @@ from bilevel_jax.agents.schedules import ByVisits, evaluate
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.functions import ActionFunction, Linear, Table, tabulate
+from bilevel_jax.indexing import gather
 from bilevel_jax.regularizers import Regularizer
 
 
@@ -74,10 +75,10 @@ class TableValues(Values):
         return Learned(ahead, jnp.zeros(self.reward.shape, jnp.int32), jnp.zeros((), jnp.int32))
 
     def rewards(self, observation):
-        return self.reward.at[observation].get(mode="promise_in_bounds")
+        return gather(self.reward, observation)
 
     def read(self, parameters, observation):
-        return self.rewards(observation) + parameters.at[observation].get(mode="promise_in_bounds")
+        return self.rewards(observation) + gather(parameters, observation)
 
     def correct(self, learned, observation, action, errors, step_size):
         pairs = (observation, action)
@@ -136,7 +137,7 @@ class Features(eqx.Module):
 
     def __call__(self, observation: Any) -> jax.Array:
         if isinstance(self.source, jax.Array):
-            return self.source.at[observation].get(mode="promise_in_bounds").astype(self.dtype)
+            return gather(self.source, observation).astype(self.dtype)
         return jnp.asarray(self.source(observation), self.dtype)
 
 

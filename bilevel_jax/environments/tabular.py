@@ -11,6 +11,7 @@ from bilevel_jax.environments.protocol import Environment, TimeStep, Trajectory,
 from bilevel_jax.environments.sampling import pick, thresholds, two_numbers
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import tabulate
+from bilevel_jax.indexing import gather
 from bilevel_jax.mdp import MDP
 from bilevel_jax.transitions import DenseTransition, StencilTransition, SuccessorTransition
 from bilevel_jax.validation import is_known
@@ -77,8 +78,8 @@ class TabularEnvironment(Environment):
     def step(self, key, state, action):
         pair = state * self.num_actions + action
         following = self._follow(two_numbers(key, 0)[1], pair)
-        ends = _rows(self.ends, pair)
-        return following, TimeStep(following, _rows(self.reward.reshape(-1), pair), ends, jnp.zeros_like(ends))
+        ends = gather(self.ends, pair)
+        return following, TimeStep(following, gather(self.reward.reshape(-1), pair), ends, jnp.zeros_like(ends))
 
     def run(self, keys, states, policy, horizon, actions):
         table = tabulate(policy, self.num_states).values
@@ -88,12 +89,12 @@ class TabularEnvironment(Environment):
         def step(carry, h):
             state, ended = carry
             for_action, for_state = two_numbers(keys, h + 1)
-            action = pick(for_action, _rows(chances, state))
+            action = pick(for_action, gather(chances, state))
             if actions is not None:
                 action = jnp.where(h == 0, actions, action)
             pair = state * self.num_actions + action
             following = jnp.where(ended, state, self._follow(for_state, pair))
-            return (following, ended | _rows(self.ends, pair)), jnp.where(ended, ~pair, pair)
+            return (following, ended | gather(self.ends, pair)), jnp.where(ended, ~pair, pair)
 
         # The loop writes one number a step, below 0 after the end, from which all else follows: memory is
         # what a long run waits for, the more so as [H, B] has to become [B, H].
@@ -104,13 +105,13 @@ class TabularEnvironment(Environment):
         pair = jnp.where(valid, packed, ~packed)
         state = lax.div(pair, jnp.full_like(pair, self.num_actions))
         following = jnp.concatenate([state[:, 1:], states[:, None]], 1)
-        ends = _rows(self.ends, pair)
+        ends = gather(self.ends, pair)
         trajectory = Trajectory(
             state,
             state,
             pair - state * self.num_actions,
-            _rows(table.reshape(-1), pair),
-            _rows(self.reward.reshape(-1), pair),
+            gather(table.reshape(-1), pair),
+            gather(self.reward.reshape(-1), pair),
             following,
             ends,
             jnp.zeros_like(ends),
@@ -119,8 +120,8 @@ class TabularEnvironment(Environment):
         return trajectory, states
 
     def _follow(self, number: jax.Array, pair: jax.Array) -> jax.Array:
-        slot = pick(number, _rows(self.threshold, pair))
-        return _rows(self.successor.reshape(-1), pair * self.successor.shape[1] + slot)
+        slot = pick(number, gather(self.threshold, pair))
+        return gather(self.successor.reshape(-1), pair * self.successor.shape[1] + slot)
 
 
 def flatten_contexts(mdp: MDP) -> MDP:
@@ -177,7 +178,3 @@ def _successors(probability: jax.Array) -> tuple[jax.Array, jax.Array]:
     weight, index = (probability, None) if most == states else lax.top_k(probability, most)
     index = jnp.broadcast_to(jnp.arange(states), weight.shape) if index is None else index
     return tuple(jnp.moveaxis(part, -1, -3) for part in (index.astype(jnp.int32), weight))  # type: ignore[return-value]
-
-
-def _rows(table: jax.Array, index: jax.Array) -> jax.Array:
-    return table.at[index].get(mode="promise_in_bounds")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.indexing import gather
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.validation import as_float, require_distribution
 
@@ -93,7 +94,7 @@ class DenseTransition(Transition):
 
     def select(self, action, weight):
         states = jnp.arange(self.probability.shape[0])
-        rows = self.probability.at[states, action].get(mode="promise_in_bounds")
+        rows = gather(self.probability, (states, action))
         return DenseOperator(weight[:, None] * rows)
 
     def _rows(self) -> jax.Array:

@@ -14,8 +14,9 @@ from jax import lax
 from scipy import sparse
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.indexing import gather, scatter_add
 from bilevel_jax.reductions import sum_slots
-from bilevel_jax.transitions.successor import SuccessorOperator, gather
+from bilevel_jax.transitions.successor import SuccessorOperator
 from bilevel_jax.validation import is_known
 
 # Entries a chunk: in-degrees scatter around A K, and every state wastes WIDTH / 2 on average.
@@ -47,7 +48,7 @@ class PredecessorOperator(SuccessorOperator):
 
     def apply_transpose(self, masses):
         sums = sum_slots(lambda source, weight: weight * gather(masses, source), self.source, self.incoming)
-        return _collect(sums, self.owner, masses.shape[0])
+        return scatter_add(sums, self.owner, masses.shape[0], indices_are_sorted=True)
 
 
 def predecessor_lists(successor: jax.Array, width: int = WIDTH) -> PredecessorLists:
@@ -97,8 +98,3 @@ def _chunks(index: np.ndarray, states: int, width: int) -> tuple[np.ndarray, np.
 
 def _take(flat: jax.Array, entry: jax.Array) -> jax.Array:
     return flat.at[entry].get(mode="fill", fill_value=0)
-
-
-def _collect(sums: jax.Array, owner: jax.Array, size: int) -> jax.Array:
-    total = jnp.zeros((size,), sums.dtype)
-    return total.at[owner].add(sums, mode="promise_in_bounds", indices_are_sorted=True)

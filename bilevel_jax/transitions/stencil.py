@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.indexing import gather
 from bilevel_jax.reductions import sum_last
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.transitions.successor import SuccessorTransition
@@ -143,7 +144,7 @@ class StencilTransition(Transition):
     def select(self, action, weight):
         states, actions = self.probability.shape[1:]
         pair = jnp.arange(states, dtype=jnp.int32) * actions + action.astype(jnp.int32)
-        rows = (p.reshape(-1).at[pair].get(mode="promise_in_bounds") for p in self.probability)
+        rows = (gather(p.reshape(-1), pair) for p in self.probability)
         return self._operator([row * weight for row in rows])
 
     def to_successors(self) -> SuccessorTransition:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.indexing import gather, scatter_add
 from bilevel_jax.reductions import sum_last, sum_slots
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.validation import as_array, as_float, require_distribution, require_index
@@ -25,7 +26,7 @@ class SuccessorOperator(StateOperator):
         return sum_last(_expect(self.successor, self.weight, values))
 
     def apply_transpose(self, masses):
-        return _scatter(self.weight * masses[:, None], self.successor, masses.shape[0])
+        return scatter_add(self.weight * masses[:, None], self.successor, masses.shape[0])
 
     def matrix(self):
         size = self.weight.shape[1]
@@ -103,7 +104,7 @@ class SuccessorTransition(Transition):
     def push(self, masses):
         # Predecessor lists serve folded operators only: a gather of each entry's flow, from an array K times
         # as long as the states', was 4 times slower than this at S = 10^6.
-        return _scatter(self.probability * masses, self.successor, masses.shape[0])
+        return scatter_add(self.probability * masses, self.successor, masses.shape[0])
 
     def under(self, weights):
         operator = SuccessorOperator(self.successor, self.probability * weights)
@@ -149,13 +150,3 @@ def _expect(successor: jax.Array, weight: jax.Array, values: jax.Array) -> jax.A
 def _stay(successor: jax.Array, weight: jax.Array) -> jax.Array:
     own = jnp.arange(successor.shape[-2], dtype=successor.dtype)[:, None]
     return sum_slots(lambda index, w: jnp.where(index == own, w, 0), successor, weight)
-
-
-def gather(values: jax.Array, index: jax.Array) -> jax.Array:
-    """values[index], for indices that are in bounds."""
-    # Indices are checked when the kernel is built; skipping the clamp is worth a factor of 2 and more.
-    return jnp.asarray(values).at[index].get(mode="promise_in_bounds")
-
-
-def _scatter(masses: jax.Array, index: jax.Array, size: int) -> jax.Array:
-    return jnp.zeros((size,), masses.dtype).at[index].add(masses, mode="promise_in_bounds")

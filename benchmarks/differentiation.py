@@ -119,7 +119,7 @@ def ratio(name: str, states: int, form: str, repeats: int) -> dict[str, Any]:
     regularizer = bj.ShannonEntropy(TEMPERATURE)
     checks = Checks(problem, mdp)
     solver = bj.Auto(ACCURACY * checks.scale)
-    adjoints = {"default": None, "1e-6": bj.BiCGStab(1e-6)}
+    adjoints = {"default": None, "1e-6": bj.AdaptiveKrylov(ACCURACY)}
     calls: dict[str, Any] = {"solve": functools.partial(solve, mdp, regularizer, solver)}
     for label, adjoint in adjoints.items():
         calls[f"reward, {label}"] = functools.partial(in_reward, mdp, regularizer, solver, adjoint)
@@ -214,7 +214,7 @@ def against_optimistix(name: str, states: int, form: str, repeats: int) -> dict[
         if tried[label]["flow_error"] <= 2 * ACCURACY:
             calls[label] = functools.partial(peer, tolerance, linear)
     solver = bj.Auto(target)
-    for label, adjoint in {"ours, default": None, "ours, 1e-6": bj.BiCGStab(1e-6)}.items():
+    for label, adjoint in {"ours, default": None, "ours, 1e-6": bj.AdaptiveKrylov(ACCURACY)}.items():
         calls[label] = functools.partial(in_reward, mdp, regularizer, solver, adjoint)
         gradient = calls[label]()[1]
         tried[label] = {"flow_error": checks.flow(gradient), "gradient_error": checks.of(gradient)}

@@ -4,7 +4,8 @@ python benchmarks/linear_solvers.py
 
 Random MDPs (A = 4; dense, and K = 4 random successors), which mix fast, and open square grids with
 slip, which mix slowly. Discount 0.99, float64. One solve of (I - discount P_pi)' w = g each, iterations to a
-relative residual of 1e-10. `apart` is the largest distance from the direct solution. `default_linear_solver` follows these figures.
+relative residual of 1e-10. `apart` is the largest distance from the direct solution. `default_linear_solver`
+follows these figures.
 """
 
 import jax

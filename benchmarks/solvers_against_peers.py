@@ -17,9 +17,9 @@ takes longer yet, and above 20,000 states a setting that took more than 3 times 
 
 Accuracy: |V - V*|_inf <= 1e-6 max |V*|, V* by `peer_problems.reference`. A peer is tried at decades of its own
 tolerance, and its time is that of the loosest at which its true error passes. Ours are given the accuracy as their
-tolerance, and have to prove it; `tried_seconds` is what they take by the peers' rule. Float64; medians of 3 to 9
-runs, of one run where a run or setting it up takes more than 10 seconds. Times of ours are of `bilevel_jax.solve`
-called again: compiling is a column of its own.
+tolerance, and have to prove it; `tried_seconds` is what they take by the peers' rule. Float64; medians (`repeat` says
+of how many runs), of one run where a run or setting it up takes more than 10 seconds. Times of ours are of
+`bilevel_jax.solve` called again: compiling is a column of its own.
 """
 
 import argparse
@@ -286,15 +286,18 @@ def timed(call: Callable[[], Any], limit: float) -> tuple[float, Any]:
 
 
 def repeat(call: Callable[[], Any], limit: float, prepare: Callable[[], None] = lambda: None) -> tuple[list, Any]:
-    """Seconds of 3 to 9 runs (of one above 10 seconds), as many as fit into about 10 seconds with what they need."""
+    """Seconds of each of 9 runs, of more (up to 200) while they take less than 0.3 seconds in all.
+
+    Fewer where they do not fit into about 10 seconds with what they need: 3, or one that takes 10 seconds by itself.
+    """
     taken: list[float] = []
     start = time.perf_counter()
     while True:
         prepare()
         seconds, result = timed(call, limit)
         taken.append(seconds)
-        enough = len(taken) >= 9 or (len(taken) >= 3 and time.perf_counter() - start > 10) or seconds > 10
-        if enough:
+        most = 200 if time.perf_counter() - start < 0.3 else 9 if time.perf_counter() - start < 10 else 3
+        if len(taken) >= most or seconds > 10:
             return taken, result
 
 

@@ -44,7 +44,8 @@ def close_ones(below: float) -> list[tuple[Cell, str, int, int]]:
             continue
         auto, peer = (min(group, key=lambda row: float(row["seconds"])) for group in (autos, peers))
         if float(peer["seconds"]) < below * float(auto["seconds"]):
-            ours = Cell(*place, auto["method"])
+            problem, states, discount, temperature = place
+            ours = Cell(problem, states, discount, temperature, auto["method"])
             close.append((ours, peer["method"], int(peer["decade"]), int(auto["tried_decade"])))
     return close
 
@@ -107,8 +108,8 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
-        cell, *rest, cache = json.loads(options.cell)
-        print(json.dumps(duel(Cell(*cell), *rest, Path(cache))))
+        cell, rival, decade, own_decade, seconds, cache = json.loads(options.cell)
+        print(json.dumps(duel(Cell(*cell), rival, decade, own_decade, seconds, Path(cache))))
         return
     figures = Figures(options.name, options.again)
     for cell, *rest in close_ones(options.below):

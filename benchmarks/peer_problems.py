@@ -143,27 +143,48 @@ def bounds(problem: Problem, value: np.ndarray, backup: np.ndarray) -> tuple[np.
     return backup + factor * (gap.min() + gap.max()) / 2, factor * (gap.max() - gap.min()) / 2
 
 
+def _gauss_seidel():
+    """(successor, probability, reward, discount, temperature, value, backwards): one sweep, in place."""
+    import numba  # the processes that find their reference in the cache do without
+
+    @numba.njit
+    def run(successor, probability, reward, discount, temperature, value, backwards):
+        slots, states, actions = successor.shape
+        q = np.empty(actions)
+        for step in range(states):
+            state = states - 1 - step if backwards else step
+            for action in range(actions):
+                following = 0.0
+                for slot in range(slots):
+                    following += probability[slot, state, action] * value[successor[slot, state, action]]
+                q[action] = reward[state, action] + discount * following
+            value[state] = q.max()
+            if temperature > 0:
+                value[state] += temperature * np.log(np.exp((q - q.max()) / temperature).sum())
+
+    return run
+
+
 def reference(problem: Problem, cache: Path | None = None) -> np.ndarray:
     """V*[S] to REFERENCE_ERROR, proven by MacQueen's bounds at the last V, however that V was found.
 
-    Policy iteration whose linear systems scipy's BiCGStab solves to two digits, and 20 sweeps in between.
+    Policy iteration whose linear systems scipy's BiCGStab solves to two digits, and in between 20 Gauss-Seidel
+    sweeps, forwards and backwards in turn, which carry a grid's values across it at once.
     """
     if cache is not None and cache.exists():
         return np.load(cache)
     matrix = problem.matrix(actions_first=True)
     value = np.zeros(problem.states)
     rows = np.arange(problem.states)
-    for _ in range(2000):
-        for _ in range(20):
-            backup, q = sweep(matrix, problem, value)
-            best, bound = bounds(problem, value, backup)
-            if bound <= REFERENCE_ERROR * np.abs(best).max():
-                break
-            value = backup
+    gauss_seidel = _gauss_seidel()
+    parts = problem.successor, problem.probability, problem.reward, problem.discount, problem.temperature
+    for _ in range(200):
+        for turn in range(20):
+            gauss_seidel(*parts, value, turn % 2 == 1)
+        backup, q = sweep(matrix, problem, value)
+        best, bound = bounds(problem, value, backup)
         if bound <= REFERENCE_ERROR * np.abs(best).max():
             break
-        value = best
-        backup, q = sweep(matrix, problem, value)
         if problem.temperature == 0:
             policy = matrix[q.argmax(0) * problem.states + rows]
         else:
@@ -174,7 +195,7 @@ def reference(problem: Problem, cache: Path | None = None) -> np.ndarray:
             )
         system = sparse.eye_array(problem.states, format="csr") - problem.discount * policy
         gap = backup - value
-        value = value + bicgstab(system, gap, x0=gap, rtol=1e-2, maxiter=2000)[0]
+        value = value + bicgstab(system, gap, x0=gap, rtol=1e-2, maxiter=500)[0]
     else:
         raise RuntimeError(f"no reference: it is known to {bound:.1e} only")
     if cache is not None:

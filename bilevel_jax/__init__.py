@@ -28,7 +28,21 @@ from bilevel_jax.estimators import SampledBilevelProblem, SampledProblem
 from bilevel_jax.evaluation import policy_value
 from bilevel_jax.finite_horizon import FiniteHorizonSolution, finite_horizon_occupancy, solve_finite_horizon
 from bilevel_jax.functions import Linear, Table
-from bilevel_jax.hypergradient import BilevelProblem, Hypergradient, Implicit, Problem, hypergradient
+from bilevel_jax.hypergradient import (
+    BilevelProblem,
+    ExpectedTrajectories,
+    FiniteDifferences,
+    GradientCheck,
+    Hypergradient,
+    Implicit,
+    Method,
+    Problem,
+    SimultaneousPerturbation,
+    Unrolled,
+    check_gradient,
+    hessian_vector_product,
+    hypergradient,
+)
 from bilevel_jax.mdp import MDP
 from bilevel_jax.occupancy import occupancy, regularized_policy_value, stationary_distribution
 from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy, TsallisEntropy, Unregularized
@@ -72,7 +86,10 @@ __all__ = [
     "DenseTransition",
     "Descent",
     "Direct",
+    "ExpectedTrajectories",
+    "FiniteDifferences",
     "FiniteHorizonSolution",
+    "GradientCheck",
     "Hypergradient",
     "Implicit",
     "InputError",
@@ -82,6 +99,7 @@ __all__ = [
     "LinearSolver",
     "LinearStats",
     "MatrixFreeTransition",
+    "Method",
     "ModifiedPolicyIteration",
     "Neumann",
     "NeumannPreconditioner",
@@ -96,6 +114,7 @@ __all__ = [
     "SampledBilevelProblem",
     "SampledProblem",
     "ShannonEntropy",
+    "SimultaneousPerturbation",
     "Solution",
     "SolveStats",
     "Solver",
@@ -105,13 +124,16 @@ __all__ = [
     "Transition",
     "TsallisEntropy",
     "Unregularized",
+    "Unrolled",
     "ValueIteration",
     "agents",
     "algorithms",
     "check",
+    "check_gradient",
     "environments",
     "estimators",
     "finite_horizon_occupancy",
+    "hessian_vector_product",
     "hypergradient",
     "occupancy",
     "policy_value",

@@ -15,6 +15,18 @@ ActionFunction = Callable[[Any], jax.Array]
 """observation -> [A]. One observation at a time; vmap it over many."""
 
 
+def as_pytree(name: str, function: Any) -> Callable:
+    """A function that jit takes as an argument: plain ones become static, those that are pytrees keep their leaves.
+
+    Raises:
+      InputError: it is not callable.
+    """
+    if not callable(function):
+        raise InputError(f"{name}: expected a function, got {type(function).__name__}; wrap it in a lambda")
+    is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
+    return jax.tree_util.Partial(function) if is_leaf else function
+
+
 class Table(eqx.Module):
     """values[S, A], looked up by the index of a state.
 

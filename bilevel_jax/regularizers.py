@@ -7,6 +7,7 @@ An action that is not available has Q = -inf: its probability is 0 and nothing d
 """
 
 import abc
+import math
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -69,7 +70,7 @@ class Regularizer(eqx.Module):
 
         0 at actions that are not: an infinity that is divided by the temperature has derivative NaN.
         """
-        temperature = jnp.asarray(self.temperature, q.dtype)
+        temperature = _usable(self.temperature, q.dtype)
         top = stop_gradient(max_last(q))
         available = _is_available(q)
         return jnp.where(available, q - top[..., None], 0) / temperature, top, temperature, available
@@ -137,10 +138,12 @@ class KLDivergence(Regularizer):
     def _shifted(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         # The maximum over actions that the reference allows; others must not set the scale.
         reference = jnp.asarray(self.reference, q.dtype)
-        temperature = jnp.asarray(self.temperature, q.dtype)
+        temperature = _usable(self.temperature, q.dtype)
         top = stop_gradient(max_last(jnp.where(reference > 0, q, -jnp.inf)))
-        taken = (reference > 0) & _is_available(q)
-        scaled = jnp.where(taken, q - top[..., None], 0) / temperature
+        scaled = jnp.where(_is_available(q), q - top[..., None], 0) / temperature
+        # Others may lie far above: they are not taken, but the derivative in their reference is exp(scaled).
+        most = math.log(float(jnp.finfo(q.dtype).max)) / 2
+        scaled = jnp.where(reference > 0, scaled, jnp.minimum(scaled, most))
         return scaled, top, temperature, reference
 
     def conjugate(self, q):
@@ -279,6 +282,12 @@ def _first_maximum(q: jax.Array) -> jax.Array:
 
 def _is_available(q: jax.Array) -> jax.Array:
     return q != -jnp.inf  # so NaN is: it must show
+
+
+def _usable(temperature: jax.Array, dtype: Any) -> jax.Array:
+    """The temperature, NaN where it is not above 0: only those that are known can be refused."""
+    temperature = jnp.asarray(temperature, dtype)
+    return jnp.where(temperature > 0, temperature, jnp.nan)
 
 
 def _xlogy(x: jax.Array, y: jax.Array) -> jax.Array:

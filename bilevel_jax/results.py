@@ -1,9 +1,10 @@
 """Result codes that work inside jit and vmap, and `check`, which turns them into errors."""
 
 import enum
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -27,7 +28,7 @@ MESSAGES = {
     ),
     Result.NOT_FINITE: (
         "a value was not finite; look for NaN or infinity in the reward, the transition, the "
-        "discount, the temperature or the upper variable"
+        "discount, the temperature or the upper variable, and for a temperature or a discount out of range"
     ),
     Result.PRECISION_LIMIT: (
         "rounding stopped the iteration before the tolerance; loosen the tolerance or use float64 "
@@ -42,6 +43,15 @@ class Outcome(NamedTuple):
     what: str
     result: jax.Array
     error_bound: jax.Array
+
+
+def finite_outcome(value: jax.Array, gradient: Any, error_bound: jax.Array) -> Outcome:
+    """Whether an objective (batch axes first) and its gradient, which no iteration looks at, are finite."""
+    finite = jnp.isfinite(value)
+    for leaf in jax.tree.leaves(gradient):
+        finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(finite.ndim, leaf.ndim)))
+    result = jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
+    return Outcome("objective or its gradient", result, error_bound)
 
 
 class Reports(Protocol):

@@ -6,6 +6,7 @@ is already set, even to nothing, is left alone: `XLA_FLAGS= pytest` compiles as 
 inherit the flags; test_no_hang.py, for which they matter, removes them.
 """
 
+import itertools
 import mmap
 import os
 from importlib.util import find_spec
@@ -34,6 +35,17 @@ def known(flags):
 # XLA reads them when something is first compiled; xdist's workers inherit them.
 OURS = " ".join(f"--{flag}={FLAGS[flag]}" for flag in sorted(known(FLAGS)))
 CHEAPLY = os.environ.setdefault("XLA_FLAGS", OURS) == OURS
+
+
+# Every program that XLA compiled holds several memory mappings; a process may have 65,530 and dies of one more.
+MAPPINGS, EVERY = 40_000, 8
+FINISHED = itertools.count(1)
+
+
+def pytest_runtest_teardown():
+    maps = Path("/proc/self/maps")
+    if next(FINISHED) % EVERY == 0 and maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures compile

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.flatten_util import ravel_pytree
 
 import bilevel_jax as bj
@@ -120,6 +121,15 @@ def solve_numpy(kind, dense, reward, discount, temperature, reference, sweeps: i
             break
     q = reward + discount * (dense @ value)
     return value, q, conjugate_numpy(kind, q, temperature, reference)[1]
+
+
+def but(few, cases):
+    """Cases of a parametrization, of which all but a few run among the slow tests."""
+
+    def slow(case):
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+
+    return [case if case in few else slow(case) for case in cases]
 
 
 def central_difference(function: Callable, x, direction, step: float = 1e-3):

@@ -176,8 +176,8 @@ BAD = {
     "mdp(x) an array": (lambda: upper(mdp=lambda x: P), r"mdp\(x\) must return a bilevel_jax\.MDP, got ndarray"),
     "regularizer(x) a number": (lambda: upper(regularizer=lambda x: 0.1), r"regularizer\(x\) must return.*got float"),
     "reference(x)": (lambda: upper(regularizer=bj.KLDivergence(1, [0.5, 0.5])), r"reference: .*\[6, 3\].*got \[2\]"),
-    "mdp no function": (lambda: upper(mdp=P), r"mdp: expected a function of x, got ndarray"),
-    "objective no function": (lambda: upper(objective=1.0), r"objective: expected a function of x, got float"),
+    "mdp no function": (lambda: upper(mdp=P), r"mdp: expected a function, got ndarray"),
+    "objective no function": (lambda: upper(objective=1.0), r"objective: expected a function, got float"),
     "integer x in init": (
         lambda: bj.algorithms.m_sobirl(synthetic(dimension=2), optax.sgd(0.1)).init(KEY, jnp.arange(2)),
         r"x: expected floating-point",

@@ -690,7 +690,7 @@ def features_setting():
         environment, reward, regularizer, loss, discount=0.5, loss_discount=0.5, horizon=HORIZON
     )
     x = {"weights": jnp.asarray(np.random.default_rng(5).normal(size=(4, 2)))}
-    exact = bj.check(bj.hypergradient(bj.BilevelProblem(mdp, regularizer, objective), x))
+    exact = bj.check(bj.hypergradient(bj.BilevelProblem(mdp, regularizer, objective), x, with_error=False))
     logits = jnp.linalg.solve(environment.features, exact.solution.q / 0.7)
 
     def policy(observation):

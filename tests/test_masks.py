@@ -339,7 +339,7 @@ def test_unregularized_has_no_leaves_and_no_temperature_to_give():
 def test_unregularized_hypergradient_of_a_value_and_of_a_policy():
     def upper(objective):
         problem = bj.BilevelProblem(lambda x: make(reward=PROCESS.reward * x), UNREGULARIZED, objective)
-        return bj.hypergradient(problem, jnp.asarray(2.0))
+        return bj.hypergradient(problem, jnp.asarray(2.0), with_error=False)
 
     made = bj.check(upper(lambda x, solution: solution.value[0]))
     np.testing.assert_allclose(made.gradient, made.value / 2, rtol=1e-12)  # V is linear in the scale of the reward

@@ -30,7 +30,7 @@ jax.config.update("jax_enable_x64", True)
 import bilevel_jax as bj
 x, want = np.load(sys.argv[1]).values()
 problem = bj.problems.make("four_rooms")
-f = jax.jit(jax.vmap(lambda x: bj.hypergradient(problem, x)))
+f = jax.jit(jax.vmap(lambda x: bj.hypergradient(problem, x, with_error=False)))
 for _ in range({ROUNDS}):
     result = bj.check(f(x))
     np.testing.assert_allclose(result.gradient, want, rtol=0, atol=1e-8 * np.abs(want).max())
@@ -64,7 +64,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("no_hang")
     problem = bj.problems.make("four_rooms")
     xs = jax.random.normal(jax.random.key(0), (POINTS, 105))
-    gradients = [bj.check(bj.hypergradient(problem, x)).gradient for x in xs]
+    gradients = [bj.check(bj.hypergradient(problem, x, with_error=False)).gradient for x in xs]
     np.savez(folder / "hypergradients.npz", x=xs, want=np.stack(gradients))
 
     mdp = problem.mdp(jnp.zeros(105))

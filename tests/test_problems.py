@@ -64,7 +64,7 @@ class TestEveryProblem:
     def test_hypergradient_against_differences(self, name):
         problem = make(name)
         x, d = problem.start(KEY), random_like(1, problem.start(KEY))
-        result = bj.check(bj.hypergradient(problem, x))
+        result = bj.check(bj.hypergradient(problem, x, with_error=False))
         f = jax.jit(lambda x: problem.objective(x, bj.solve(problem.mdp(x), problem.regularizer(x))))
         np.testing.assert_allclose(result.value, f(x), rtol=1e-12)
         np.testing.assert_allclose(np.vdot(flat(result.gradient), flat(d)), central_difference(f, x, d)[0], rtol=1e-7)
@@ -100,7 +100,7 @@ def test_synthetic_is_as_published(seed):
     want = 0.5 * (np.asarray(x) ** 2).sum() + 0.5 * (np.asarray(solution.policy) ** 2).sum()
     np.testing.assert_allclose(problem.objective(x, solution), want, rtol=1e-13)
     # x enters through a quadratic form and its norm: -x is as good as x.
-    there, back = (bj.hypergradient(problem, y) for y in (x, -x))
+    there, back = (bj.hypergradient(problem, y, with_error=False) for y in (x, -x))
     np.testing.assert_allclose(there.value, back.value, rtol=1e-13)
     np.testing.assert_allclose(there.gradient, -back.gradient, rtol=1e-11, atol=1e-12)
 
@@ -206,7 +206,7 @@ def test_four_rooms_rewards_and_goals():
     problem, x = make("four_rooms", temperature=0.01), random_like(2, np.zeros(105))
     mdp, penalty = problem.mdp(x), -0.2 * softmax(x)[:-1]
     np.testing.assert_allclose(problem.incentive(x), penalty, rtol=1e-13)
-    solution = bj.solve(mdp, problem.regularizer(x))
+    solution = bj.solve(mdp, problem.regularizer(x), solver=bj.PolicyIteration())  # to the last digits
     for context, goal in enumerate(GOALS):
         elsewhere = np.arange(104) != goal
         want = np.repeat(penalty[elsewhere, None], 4, 1)
@@ -214,7 +214,7 @@ def test_four_rooms_rewards_and_goals():
         np.testing.assert_array_equal(mdp.reward[context, goal], np.ones(4))
         np.testing.assert_array_equal(mdp.discount[context], np.where(elsewhere, 0.99, 0)[:, None].repeat(4, 1))
         # Acting at the goal pays 1 and the entropy of that last choice, then nothing.
-        np.testing.assert_allclose(solution.value[context, goal], 1 + 0.01 * np.log(4), rtol=1e-14)
+        np.testing.assert_allclose(solution.value[context, goal], 1 + 0.01 * np.log(4), atol=1e-13)
         np.testing.assert_allclose(solution.policy[context, goal], 0.25)
 
 
@@ -224,7 +224,7 @@ def test_four_rooms_objective(temperature, beta, layout):
     x = 3 * random_like(3, np.zeros(105))  # far enough from uniform for the penalties to matter
     problem = make("four_rooms", temperature=temperature, beta=beta, transition=layout)
     want, value = four_rooms_objective(x, temperature, beta)
-    result = bj.check(bj.hypergradient(problem, jnp.asarray(x)))
+    result = bj.check(bj.hypergradient(problem, jnp.asarray(x), with_error=False))
     np.testing.assert_allclose(result.solution.value[1], value, rtol=1e-10)
     np.testing.assert_allclose(result.value, -want, rtol=1e-9)
 
@@ -239,7 +239,7 @@ def test_four_rooms_layouts_agree():
     np.testing.assert_allclose(
         dense.transition.push(jnp.asarray(d)), sparse.transition.push(jnp.asarray(d)), atol=1e-13
     )
-    gradients = [bj.check(bj.hypergradient(problem, x)).gradient for problem in (dense, sparse)]
+    gradients = [bj.check(bj.hypergradient(problem, x, with_error=False)).gradient for problem in (dense, sparse)]
     np.testing.assert_allclose(*gradients, rtol=0, atol=1e-9 * np.abs(gradients[0]).max())
 
 

@@ -307,7 +307,7 @@ def run_m_sobirl(number):
     ("run", "compilations"),
     [
         (run_solve, {"solvers.solve._solve": 2}),
-        (run_hypergradient, {"hypergradient._hypergradient": 1}),
+        (run_hypergradient, {"hypergradient.compute._hypergradient": 1}),
         (run_m_sobirl, {"algorithms.m_sobirl._init": 1, "algorithms.m_sobirl._step": 1}),
     ],
 )

@@ -184,7 +184,7 @@ def test_auto_is_resolved_by_structure():
     assert isinstance(bj.Auto(1e-3).resolve(bj.MDP(dense, np.zeros((3, 100, 2)), 0.9)), bj.ValueIteration)
     single = bj.MDP(dense, np.zeros((100, 2)), 0.9)
     assert isinstance(bj.Auto(1e-3).resolve(single), bj.AdaptivePolicyIteration)
-    assert isinstance(bj.Auto().resolve(single), bj.PolicyIteration)
+    assert isinstance(bj.Auto().resolve(single), bj.AdaptivePolicyIteration)
     for mdp in (small, large):
         auto, named = (
             bj.solve(mdp, bj.ShannonEntropy(0.5), solver=s) for s in (bj.Auto(1e-5), bj.Auto(1e-5).resolve(mdp))

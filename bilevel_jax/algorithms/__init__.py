@@ -2,19 +2,23 @@
 
 from bilevel_jax.algorithms.bc_hg import bc_hg
 from bilevel_jax.algorithms.hpgd import hpgd
+from bilevel_jax.algorithms.implicit import implicit
 from bilevel_jax.algorithms.m_sobirl import m_sobirl
 from bilevel_jax.algorithms.naive import naive
 from bilevel_jax.algorithms.protocol import Algorithm
 from bilevel_jax.algorithms.sobirl import Reuse, sobirl
 from bilevel_jax.algorithms.stoc_sobirl import StocSchedule, stoc_schedule, stoc_sobirl
+from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.algorithms.zero_order import zero_order
 
 __all__ = [
     "Algorithm",
     "Reuse",
     "StocSchedule",
+    "UpperLevel",
     "bc_hg",
     "hpgd",
+    "implicit",
     "m_sobirl",
     "naive",
     "sobirl",

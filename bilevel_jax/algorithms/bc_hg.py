@@ -10,6 +10,7 @@ from jax.lax import stop_gradient
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
+from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.algorithms.visits import Visits, policy_term, reward_returns
 from bilevel_jax.estimators import SampledProblem, paid, sample_groups
 from bilevel_jax.estimators.costs import returns
@@ -71,7 +72,7 @@ class BCHG(SampledAlgorithm):
 
 def bc_hg(
     problem: SampledProblem,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | UpperLevel,
     *,
     agent: Agent,
     batch: int = 64,

@@ -8,6 +8,7 @@ from jax.lax import stop_gradient
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
+from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.algorithms.visits import Visits, policy_term, reward_returns
 from bilevel_jax.estimators import SampledProblem, paid, sample_groups
 from bilevel_jax.estimators.problem import require_tabular, temperature_of
@@ -44,7 +45,9 @@ class HPGD(SampledAlgorithm):
         return self.agent.environment_steps(self.problem) + batch_steps(self.problem, self.batch)
 
 
-def hpgd(problem: SampledProblem, optimizer: optax.GradientTransformation, *, agent: Agent, batch: int = 64) -> HPGD:
+def hpgd(
+    problem: SampledProblem, optimizer: optax.GradientTransformation | UpperLevel, *, agent: Agent, batch: int = 64
+) -> HPGD:
     """HPGD (arXiv 2406.01575, Theorem 3 and Algorithm 1).
 
       grad = E[ dl/dx ] + E[ sum_h discount^h A_upper(s_h, a_h) (dQ - dV)(s_h, a_h) ] / temperature

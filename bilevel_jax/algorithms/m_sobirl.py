@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax.adjoint import Descent, LinearSolver, LinearStats
+from bilevel_jax.adjoint import Descent, LinearSolver
+from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import greedy
 from bilevel_jax.hypergradient import Problem, as_upper_variable, implicit_gradient, lower_level, require_problem
 from bilevel_jax.mdp import over_batch
-from bilevel_jax.results import Outcome, Result
+from bilevel_jax.results import Result
 from bilevel_jax.solvers import Solution, Solver, SolveStats, ValueIteration, read_out, solve
 from bilevel_jax.validation import as_float, require_instance
 
@@ -20,41 +22,22 @@ class MSoBiRLState(eqx.Module):
     """What one iteration hands to the next.
 
     `x`: upper variable. `solution`: the lower level's iterate at x. `adjoint`: w[S], the iterate of
-    (I - discount P_pi)' w = df/dV, with the sign and scale of `Hypergradient.adjoint`.
+    (I - discount P_pi)' w = df/dV, with the sign and scale of `Hypergradient.adjoint`. `iteration`: how
+    many were made.
     """
 
     x: Any
     solution: Solution
     adjoint: jax.Array
     optimizer_state: Any
-
-
-class MSoBiRLInfo(eqx.Module):
-    """What one iteration reports, all at the x it started from.
-
-    `objective` f(x, pi); `gradient`, the estimate of the hyper-gradient, and its 2-norm; result and
-    stats of the lower level and of the adjoint. An inexact lower level reports `MAX_STEPS`: as asked.
-    """
-
-    objective: jax.Array
-    gradient: Any
-    gradient_norm: jax.Array
-    lower_result: jax.Array
-    lower_stats: SolveStats
-    adjoint_stats: LinearStats
-
-    def outcomes(self) -> tuple[Outcome, ...]:
-        return (
-            Outcome("lower level", self.lower_result, self.lower_stats.error_bound),
-            Outcome("adjoint", self.adjoint_stats.result, self.adjoint_stats.error_bound),
-        )
+    iteration: jax.Array
 
 
 class MSoBiRL(eqx.Module):
     """See `m_sobirl`."""
 
     problem: Problem
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    upper: UpperLevel = eqx.field(converter=as_upper_level)
     lower: Solver
     adjoint: LinearSolver
 
@@ -81,7 +64,7 @@ class MSoBiRL(eqx.Module):
             regularizer at x is not valid.
         """
         del key
-        x = as_upper_variable(x)
+        x = self.upper.project(as_upper_variable(x))
         mdp, _ = lower_level(self.problem, x)  # outside jit this looks at the values
         pairs, states = mdp.reward.shape, mdp.reward.shape[:-1]
         starts = (("value", value, states), ("policy", policy, pairs), ("adjoint", adjoint, states))
@@ -89,7 +72,7 @@ class MSoBiRL(eqx.Module):
         given = {name: as_float(name, a, mdp.reward.dtype, shape) for name, a, shape in starts if a is not None}
         return _init(self, x, **given)
 
-    def step(self, key: jax.Array, state: MSoBiRLState) -> tuple[MSoBiRLState, MSoBiRLInfo]:
+    def step(self, key: jax.Array, state: MSoBiRLState) -> tuple[MSoBiRLState, ModelInfo]:
         """One upper iteration: adjoint, hyper-gradient, x, then the lower level at the new x."""
         del key
         return _step(self, state)
@@ -97,7 +80,7 @@ class MSoBiRL(eqx.Module):
 
 def m_sobirl(
     problem: Problem,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | UpperLevel,
     *,
     lower: Solver | None = None,
     adjoint: LinearSolver | None = None,
@@ -110,8 +93,8 @@ def m_sobirl(
 
     Args:
       problem: a `Problem`; its numbers are leaves and may be changed or vmapped.
-      optimizer: an optax transformation. Build it once: a new one is a new structure. Its numbers
-        are leaves of the state with `optax.inject_hyperparams`.
+      optimizer: an optax transformation, or an `UpperLevel`. Build it once: a new one is a new structure. Its
+        numbers are leaves of the state with `optax.inject_hyperparams`.
       lower: None is `ValueIteration(max_steps=10, centred=False)`, warm-started. `PolicyIteration()` is exact.
       adjoint: None is `Descent(step_size=0.5, steps=1)`. `Direct()` or `GMRES()` is exact.
 
@@ -134,6 +117,8 @@ def m_sobirl(
 
 @jax.jit
 def _init(algorithm, x, value=None, policy=None, adjoint=None):
+    start = jnp.asarray(0, jnp.int32)
+    algorithm = at_iteration(algorithm, start)
     mdp, regularizer = lower_level(algorithm.problem, x)
     if value is None:
         solution = solve(mdp, regularizer, solver=algorithm.lower)
@@ -145,12 +130,12 @@ def _init(algorithm, x, value=None, policy=None, adjoint=None):
     if policy is not None:
         solution = eqx.tree_at(lambda s: s.policy, solution, policy)
     w = jnp.zeros_like(solution.value) if adjoint is None else adjoint
-    return MSoBiRLState(x, solution, w, algorithm.optimizer.init(x))
+    return MSoBiRLState(x, solution, w, algorithm.upper.optimizer.init(x), start)
 
 
 @jax.jit
 def _step(algorithm, state):
-    problem, solution = algorithm.problem, state.solution
+    problem, solution = at_iteration(algorithm, state.iteration).problem, state.solution
 
     def read(mdp, regularizer, value):
         # The carried policy, with the derivative that the paper's optimality relation gives it.
@@ -159,18 +144,19 @@ def _step(algorithm, state):
         return Solution(value, q, policy, solution.result, solution.stats)
 
     estimate = implicit_gradient(problem, state.x, solution, algorithm.adjoint, state.adjoint, read)
-    updates, optimizer_state = algorithm.optimizer.update(estimate.gradient, state.optimizer_state, state.x)
-    x = optax.apply_updates(state.x, updates)
-    improved = solve(*lower_level(problem, x), solver=algorithm.lower, initial_value=solution.value)
-    info = MSoBiRLInfo(
+    x, optimizer_state, stationarity = algorithm.upper.update(estimate.gradient, state.optimizer_state, state.x)
+    following = at_iteration(algorithm, state.iteration + 1).problem
+    improved = solve(*lower_level(following, x), solver=algorithm.lower, initial_value=solution.value)
+    info = ModelInfo(
         estimate.value,
         estimate.gradient,
         optax.tree.norm(estimate.gradient),
+        stationarity,
         solution.result,
         solution.stats,
         estimate.stats,
     )
-    return MSoBiRLState(x, improved, estimate.adjoint, optimizer_state), info
+    return MSoBiRLState(x, improved, estimate.adjoint, optimizer_state, state.iteration + 1), info
 
 
 def _linearized_policy(mdp, regularizer, policy, q, value):

@@ -6,6 +6,7 @@ import optax
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
+from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.estimators import NoBaseline, Response, SampledProblem, estimate
 
 
@@ -39,7 +40,9 @@ class _NoResponse(Response):
         return jnp.zeros((), credit.dtype)
 
 
-def naive(problem: SampledProblem, optimizer: optax.GradientTransformation, *, agent: Agent, batch: int = 64) -> Naive:
+def naive(
+    problem: SampledProblem, optimizer: optax.GradientTransformation | UpperLevel, *, agent: Agent, batch: int = 64
+) -> Naive:
     """E[dl/dx] alone, alternated with the agent: the usual loop of reward learning from preferences.
 
     (Christiano et al. 2017, "Deep reinforcement learning from human preferences", alternates so.) A

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_jax.agents import Agent
+from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.functions import ActionFunction
@@ -20,20 +21,22 @@ class SampledState(eqx.Module):
     """What one iteration hands to the next.
 
     `x`: upper variable. `agent`: state of the lower level. `memory`: what the estimator of the
-    hyper-gradient carries, e.g. a critic.
+    hyper-gradient carries, e.g. a critic. `iteration`: how many were made.
     """
 
     x: Any
     agent: Any
     memory: Any
     optimizer_state: Any
+    iteration: jax.Array
 
 
 class SampledInfo(eqx.Module):
     """What one iteration reports, at the x it started from.
 
     `objective`: mean loss of the batch, an estimate of phi(x). `gradient`: the estimate of the
-    hyper-gradient, and its 2-norm. `environment_steps` that the iteration took, lower level included.
+    hyper-gradient, and its 2-norm; `stationarity`, the same without a projection, see `UpperLevel`.
+    `environment_steps` that the iteration took, lower level included.
     `effective_sample_size`: of the groups of trajectories, their number unless they are weighted.
     `result`: CONVERGED, or NOT_FINITE where the estimate or x is not.
     """
@@ -41,6 +44,7 @@ class SampledInfo(eqx.Module):
     objective: jax.Array
     gradient: Any
     gradient_norm: jax.Array
+    stationarity: jax.Array
     environment_steps: jax.Array
     effective_sample_size: jax.Array
     result: jax.Array
@@ -66,7 +70,7 @@ class SampledAlgorithm(eqx.Module):
     """
 
     problem: SampledProblem
-    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    upper: UpperLevel = eqx.field(converter=as_upper_level)
     agent: Agent
 
     def init(self, key: jax.Array, x: Any) -> SampledState:
@@ -79,7 +83,7 @@ class SampledAlgorithm(eqx.Module):
 
     def policy(self, state: SampledState) -> ActionFunction:
         """The agent's policy at the end of the last iteration."""
-        return self.agent.policy(state.agent, self.problem, state.x)
+        return self.agent.policy(state.agent, at_iteration(self, state.iteration).problem, state.x)
 
     def init_agent(self, key: jax.Array, x: Any) -> Any:
         """The lower level's state at the start."""
@@ -105,19 +109,22 @@ class SampledAlgorithm(eqx.Module):
 
 @jax.jit
 def _init(algorithm, key, x):
-    x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)
+    x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), algorithm.upper.project(x))
+    start = jnp.asarray(0, jnp.int32)
+    algorithm = at_iteration(algorithm, start)
     agent = algorithm.init_agent(key, x)
-    return SampledState(x, agent, algorithm.init_memory(x), algorithm.optimizer.init(x))
+    return SampledState(x, agent, algorithm.init_memory(x), algorithm.upper.optimizer.init(x), start)
 
 
 @jax.jit
 def _step(algorithm, key, state):
     for_agent, for_estimate = jax.random.split(key)
+    algorithm = at_iteration(algorithm, state.iteration)
     state = eqx.tree_at(
         lambda s: s.agent, state, algorithm.improve_agent(for_agent, state), is_leaf=lambda leaf: leaf is None
     )
     made = algorithm.estimate(for_estimate, state)
-    updates, optimizer_state = algorithm.optimizer.update(made.gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(made.gradient, state.optimizer_state, state.x)
     norm = optax.tree.norm(made.gradient)
     # An estimate may miss that x is not finite: not every state is visited.
     finite = jnp.isfinite(norm) & jnp.isfinite(made.value) & jnp.isfinite(optax.tree.norm(state.x))
@@ -125,11 +132,12 @@ def _step(algorithm, key, state):
         made.value,
         made.gradient,
         norm,
+        stationarity,
         jnp.asarray(algorithm.environment_steps, jnp.int32),
         made.effective_sample_size.astype(made.value.dtype),
         jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32),
     )
-    return SampledState(optax.apply_updates(state.x, updates), state.agent, made.memory, optimizer_state), info
+    return SampledState(x, state.agent, made.memory, optimizer_state, state.iteration + 1), info
 
 
 def require_batch(batch: int) -> int:

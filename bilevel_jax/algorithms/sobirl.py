@@ -9,6 +9,7 @@ import optax
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
+from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.environments import Trajectory
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import (
@@ -137,7 +138,7 @@ class SoBiRL(SampledAlgorithm):
 
 def sobirl(
     problem: SampledProblem,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | UpperLevel,
     *,
     agent: Agent,
     response: Response,
@@ -153,7 +154,7 @@ def sobirl(
 
     Args:
       problem: a `SampledProblem`; its numbers are leaves.
-      optimizer: an optax transformation.
+      optimizer: an optax transformation, or an `UpperLevel`.
       agent: the lower level, e.g. `agents.SoftQLearning()`; `agents.ExactAgent()` is an oracle.
       response: estimator of dQ* - dV*, see `estimators`.
       batch: groups of trajectories an iteration (static).

@@ -9,6 +9,7 @@ import optax
 from bilevel_jax.agents import Agent, SoftQLearning
 from bilevel_jax.algorithms.sampled import require_batch
 from bilevel_jax.algorithms.sobirl import SoBiRL, sobirl
+from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.environments import TabularEnvironment
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import Baseline, NestedRollouts, Response, SampledProblem, SharedRollouts
@@ -70,7 +71,7 @@ def stoc_sobirl(
     iterations: int,
     *,
     schedule: StocSchedule | None = None,
-    optimizer: optax.GradientTransformation | None = None,
+    optimizer: optax.GradientTransformation | UpperLevel | None = None,
     agent: Agent | None = None,
     response: Response | None = None,
     baseline: Baseline | None = None,

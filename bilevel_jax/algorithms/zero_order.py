@@ -9,6 +9,7 @@ import optax
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
+from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.estimators import SampledProblem, paid, sample_groups
 from bilevel_jax.validation import as_float, require_positive
 
@@ -63,7 +64,7 @@ class ZeroOrder(SampledAlgorithm):
 
 def zero_order(
     problem: SampledProblem,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | UpperLevel,
     *,
     agent: Agent,
     batch: int = 64,

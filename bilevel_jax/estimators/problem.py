@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.environments import Environment, TabularEnvironment, Trajectory
 from bilevel_jax.errors import InputError
-from bilevel_jax.functions import ActionFunction, Table, tabulate
+from bilevel_jax.functions import ActionFunction, Table, as_pytree, tabulate
 from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy
 from bilevel_jax.validation import as_float, require_fraction
 
@@ -105,9 +105,9 @@ class SampledBilevelProblem(eqx.Module):
         trajectories: int = 1,
     ):
         self.environment = environment
-        self._reward = _as_pytree(reward)
+        self._reward = as_pytree("reward", reward)
         self._regularizer = require_entropy(regularizer)
-        self._loss = _as_pytree(loss)
+        self._loss = as_pytree("loss", loss)
         self.discount = as_float("discount", discount)
         require_fraction("discount", self.discount, "for long horizons use e.g. 0.999")
         self.loss_discount = as_float("loss_discount", loss_discount)
@@ -159,13 +159,6 @@ def reward_table(problem: SampledProblem, x: Any, num_states: int) -> jax.Array:
 def temperature_of(problem: SampledProblem, x: Any) -> jax.Array:
     """The temperature at x, a constant for derivatives."""
     return jax.lax.stop_gradient(require_entropy(problem.regularizer(x)).temperature)
-
-
-def _as_pytree(function: Callable) -> Callable:
-    if not callable(function):
-        raise InputError(f"expected a function, got {type(function).__name__}; wrap it in a lambda")
-    is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
-    return jax.tree_util.Partial(function) if is_leaf else function
 
 
 def discounts(problem: SampledProblem, horizon: int) -> jax.Array:

@@ -41,11 +41,11 @@ def plot(directory: Path) -> list[Path]:
     if best is not None:
         with jax.enable_x64(config.values["precision"] == "float64"):
             problem = build_problem(config.at(config.grid[best])["problem"])
-        if hasattr(problem, "grid") and hasattr(problem, "incentive"):
-            with np.load(directory / "final.npz") as final:
-                written.append(directory / "incentive.png")
-                figure = incentive(problem, final["x"][best], final["policy"][best], summary["final_value"])
-                _save(figure, written[-1])
+            if hasattr(problem, "grid") and hasattr(problem, "incentive"):
+                with np.load(directory / "final.npz") as final:
+                    written.append(directory / "incentive.png")
+                    figure = incentive(problem, final["x"][best], final["policy"][best], summary["final_value"])
+                    _save(figure, written[-1])
     return written
 
 

@@ -8,10 +8,8 @@ from bilevel_jax.solvers.policy_iteration import PolicyIteration
 from bilevel_jax.solvers.value_iteration import ValueIteration
 from bilevel_jax.transitions import DenseTransition
 
-# Up to this many states, Newton's method with a factorization each step (docs/performance.md). Where working precision
-# is asked for, Newton's last step gives digits that other ways have to earn one by one.
+# Up to this many states, Newton's method with a factorization each step (docs/performance.md).
 NEWTON_LIMIT = 64
-NEWTON_LIMIT_PRECISE = 128
 
 
 class Auto(Solver):
@@ -34,8 +32,7 @@ class Auto(Solver):
     max_steps: Any = 100_000
 
     def resolve(self, mdp):
-        limit = NEWTON_LIMIT_PRECISE if self.tolerance is None else NEWTON_LIMIT
-        if mdp.num_states <= limit:
+        if mdp.num_states <= NEWTON_LIMIT:
             return PolicyIteration(self.tolerance, self.max_steps)
         shared = mdp.batch_shape and mdp.transition.shape == mdp.reward.shape[-2:]
         if shared and isinstance(mdp.transition, DenseTransition):

@@ -58,7 +58,7 @@ def contraction_only(mdp: MDP) -> Discounts:
 
 def bracket(discounts: Discounts, low: jax.Array, high: jax.Array, rounding: jax.Array) -> Bracket:
     """The bracket that min and max of T V - V prove; `rounding` is the error in one entry of T V."""
-    least, most = (jnp.where(d < 1, d / (1 - d), jnp.inf) for d in discounts)
+    least, most = (jnp.where((d >= 0) & (d < 1), d / (1 - d), jnp.inf) for d in discounts)
     upper = _times(high, jnp.where(high > 0, most, least))
     lower = _times(low, jnp.where(low > 0, least, most))
     return Bracket(lower, upper, _times(rounding, 1 + most))

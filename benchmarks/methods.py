@@ -1,0 +1,198 @@
+"""What each way to the hyper-gradient costs: time and peak memory, 100 to 100,000 states, at the same accuracy.
+
+    python benchmarks/methods.py            # half an hour on two cores
+    python benchmarks/methods.py --most 1e4
+
+Problems of `peer_problems.py` (Garnet by lists with predecessors, cells by stencil), Shannon entropy at temperature
+0.1, discount 0.99, float64. The upper variable x[8] weighs reward features; f is what the agent's policy and value are
+worth to another, plus |x|^2 / 2. Every method gets the loosest of its settings with which the gradient is right to
+1e-6 (2-norm, relative, against BiCGStab to 1e-12); `default` is `hypergradient(problem, x)` as it is, `default, 1e-6`
+with that tolerance for both of its solvers, `warm` the same from the solution at x + 1e-3. `random signs` are never
+that accurate: 64 samples, with the error they have. A second table asks for 1e-10, near to what the default gives
+unasked. Median seconds; bytes are temporary arrays as compiled.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peer_problems
+from figures import Figures
+from timing import seconds, summary
+
+import bilevel_jax as bj
+
+DISCOUNT, TEMPERATURE, FEATURES = 0.99, 0.1, 8
+ACCURACIES = (1e-6, 1e-10)
+SIZES = (10**2, 10**3, 10**4, 10**5)
+LIMIT = 30.0  # seconds that one call may take
+DECADES = range(-5, -14, -1)
+TERMS = (300, 900, 1500, 2100, 2700, 3300)
+PRECISE = ("default", "direct", "adaptive Krylov", "BiCGStab", "GMRES", "Neumann")
+MOST_DIRECT, MOST_UNROLLED = 2_000, 20_000
+
+
+def problem_of(name: str, states: int) -> tuple[bj.BilevelProblem, jax.Array]:
+    """The bilevel problem and an x."""
+    made = peer_problems.make(name, states, DISCOUNT, TEMPERATURE)
+    if made.grid is None:
+        lists = bj.SuccessorTransition(jnp.asarray(made.successor), jnp.asarray(made.probability))
+        kernel: bj.Transition = lists.with_predecessors()
+    else:
+        offsets, probability = peer_problems.stencil(made)
+        kernel = bj.StencilTransition(offsets, jnp.asarray(probability), made.grid)
+    rng = np.random.default_rng(0)
+    parts = (
+        kernel,
+        jnp.asarray(made.reward),
+        jnp.asarray(rng.normal(size=(FEATURES, made.states, made.actions))),
+        jnp.asarray(rng.normal(size=(made.states, made.actions))),
+    )
+    problem = bj.BilevelProblem(
+        jax.tree_util.Partial(lower, parts), bj.ShannonEntropy(TEMPERATURE), jax.tree_util.Partial(objective, parts)
+    )
+    return problem, jnp.asarray(0.1 * rng.normal(size=FEATURES))
+
+
+def lower(parts, x):
+    kernel, reward, features, _ = parts
+    return bj.MDP(kernel, reward + jnp.tensordot(x, features, 1), DISCOUNT)
+
+
+def objective(parts, x, solution):
+    """Paid at each state under the agent's policy, and beside for x."""
+    return -jnp.mean(jnp.sum(solution.policy * parts[3], -1)) + jnp.sum(x**2) / 2 - jnp.mean(solution.value) / 10
+
+
+def settings(states: int) -> dict[str, list[Any]]:
+    """name -> methods from loose to tight."""
+
+    def tolerances(make):
+        return [make(10.0**decade) for decade in DECADES]
+
+    found = {
+        "default": [None],
+        "default, 1e-6": tolerances(
+            lambda t: bj.Implicit(bj.Auto(t), bj.Direct() if states <= 512 else bj.AdaptiveKrylov(t))
+        ),
+        "direct": tolerances(lambda t: bj.Implicit(bj.PolicyIteration(t), bj.Direct())),
+        "adaptive Krylov": tolerances(lambda t: bj.Implicit(bj.Auto(t), bj.AdaptiveKrylov(t))),
+        "BiCGStab": tolerances(lambda t: bj.Implicit(bj.Auto(t), bj.BiCGStab(t))),
+        "GMRES": tolerances(lambda t: bj.Implicit(bj.Auto(t), bj.GMRES(t))),
+        "Neumann": [bj.Implicit(bj.Auto(1e-7 if k < 2500 else 1e-11), bj.Neumann(terms=k)) for k in TERMS],
+        "value iteration, Neumann": [bj.Implicit(bj.ValueIteration(1e-7), bj.Neumann(terms=k)) for k in TERMS],
+        "unrolled": [bj.Unrolled(k) for k in TERMS],
+        "unrolled, last 1/2": [bj.Unrolled(2 * k, k) for k in TERMS],
+        "unrolled, forward": [bj.Unrolled(k, mode="forward") for k in TERMS],
+        "differences": [bj.FiniteDifferences(step) for step in (1e-3, 1e-4, 1e-5)],
+        "random signs": [bj.SimultaneousPerturbation(jax.random.key(0), 64, 1e-4)],
+    }
+    if states > MOST_DIRECT:
+        del found["direct"]
+    if states > MOST_UNROLLED:
+        del found["unrolled, last 1/2"], found["unrolled, forward"]
+    return found
+
+
+@jax.jit(static_argnames="with_error")
+def make(problem, x, method, starts, with_error=False):
+    return bj.hypergradient(problem, x, method=method, with_error=with_error, **starts)
+
+
+def cell(name: str, states: int, method: str, accuracy: float) -> dict[str, Any]:
+    """The first setting that is accurate: seconds, bytes, error. And what an error estimate adds to the default."""
+    problem, x = problem_of(name, states)
+    right = make(problem, x, bj.Implicit(adjoint=bj.BiCGStab(1e-12)), {}).gradient
+    warm = make(problem, x + 1e-3, None, {})
+    starts: dict[str, Any] = {}
+    choices = settings(states)
+    if method == "warm":
+        choices["warm"] = choices["default, 1e-6"]
+        starts = {"initial_value": warm.solution.value, "initial_adjoint": warm.adjoint}
+    with_error = method == "default, with its error"
+    if with_error:
+        choices[method] = choices["default"]
+    last: dict[str, Any] = {}
+    for choice in choices[method]:
+        compiled = make.lower(problem, x, choice, starts, with_error=with_error).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        start = time.perf_counter()
+        made = jax.block_until_ready(compiled(problem, x, choice, starts))
+        first = time.perf_counter() - start
+        error = float(jnp.linalg.norm(made.gradient - right) / jnp.linalg.norm(right))
+        last = {"error": error, "bytes": memory.temp_size_in_bytes, "once": first}
+        if error <= accuracy or method == "random signs":
+            repeats = int(np.clip(5 / first, 1, 15))
+            taken = seconds(lambda run=compiled, c=choice: run(problem, x, c, starts), repeats, 0 if first > 5 else 1)
+            return {**last, **summary(taken), "accurate": error <= accuracy}
+        if first > LIMIT:
+            break
+    return {**last, "accurate": False}
+
+
+def key(problem: str, states: int, method: str, accuracy: float) -> str:
+    return f"{problem} {states} {method}" + ("" if accuracy == ACCURACIES[0] else f" to {accuracy:g}")
+
+
+def table(figures: Figures, sizes: list[int], accuracy: float, methods: Sequence[str]) -> str:
+    """Markdown: milliseconds and MiB."""
+    lines = []
+    for problem in ("garnet", "cells"):
+        lines += [
+            f"## {problem}, to {accuracy:g}",
+            "",
+            "| method | " + " | ".join(f"{s:,} states" for s in sizes) + " |",
+        ]
+        lines.append("|---" * (1 + len(sizes)) + "|")
+        for method in methods:
+            entries = []
+            for states in sizes:
+                found = figures.cells.get(key(problem, states, method, accuracy))
+                if found is None:
+                    entries.append("-")
+                elif found["accurate"] or method == "random signs":
+                    beside = "" if found["accurate"] else f", error {found['error']:.0e}"
+                    entries.append(f"{found['median'] * 1e3:.3g} ms, {found['bytes'] / 2**20:.3g} MiB{beside}")
+                else:
+                    entries.append(f"not accurate ({found['error']:.0e})")
+            lines.append(f"| {method} | " + " | ".join(entries) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+ADDED = ("default, with its error", "warm")
+METHODS = (*list(settings(100))[:2], *ADDED, *list(settings(100))[2:])
+
+
+def main() -> None:
+    jax.config.update("jax_enable_x64", True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="measure what has been measured, too")
+    parser.add_argument("--most", type=float, default=1e5, help="states at most")
+    options = parser.parse_args()
+    figures = Figures("methods", options.again)
+    sizes = [states for states in SIZES if states <= options.most]
+    passes = dict(zip(ACCURACIES, (METHODS, PRECISE), strict=True))
+    for accuracy, methods in passes.items():
+        for states in sizes:
+            for name in ("garnet", "cells"):
+                for method in methods:
+                    if method not in settings(states) and method not in ADDED:
+                        continue
+                    parts = name, states, method, accuracy
+                    figures.measure(key(*parts), lambda parts=parts: cell(*parts))
+                    jax.clear_caches()  # a process may have no more than 65,530 memory mappings, programs have many
+    text = "\n".join(table(figures, sizes, accuracy, methods) for accuracy, methods in passes.items())
+    figures.path.with_suffix(".md").write_text(
+        f"# Cost of each method\n\n{(__doc__ or '').split('Problems of')[0]}\n{text}"
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

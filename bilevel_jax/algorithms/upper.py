@@ -1,0 +1,124 @@
+"""The upper level's side of every algorithm: optimizer, the set that x stays in, the temperature's schedule."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from bilevel_jax.errors import InputError
+from bilevel_jax.functions import as_pytree
+from bilevel_jax.hypergradient import Problem
+from bilevel_jax.mdp import MDP
+from bilevel_jax.regularizers import Regularizer
+from bilevel_jax.solvers import Solution
+from bilevel_jax.validation import require_instance
+
+
+class UpperLevel(eqx.Module):
+    """How x moves. Every algorithm takes one in place of a bare optimizer.
+
+    Args:
+      optimizer: an optax transformation; for the algorithm `implicit` also one that searches along a line,
+        such as `optax.lbfgs()`. Build it once: a new one is a new structure.
+      projection: x -> the nearest point of a closed convex set, e.g. `optax.projections.projection_simplex`
+        or `jax.tree_util.Partial(optax.projections.projection_box, lower=0, upper=1)`: x is projected after
+        each update of the optimizer (projected gradient), and at the start. An info's `stationarity`
+        is then |x - projection(x - gradient)|_2, which is 0 exactly at points that satisfy the first-order
+        conditions; without a projection it is the gradient's norm.
+      temperature: iteration -> factor that multiplies the problem's temperature, e.g.
+        `optax.exponential_decay(10.0, 1_000, 0.1, end_value=1.0)`: continuation from ten times the temperature
+        to the problem's own in a thousand iterations. Objective and gradient are those of the problem at the
+        current temperature.
+
+    Raises:
+      InputError: an optimizer of another type, a projection or a schedule that is not callable.
+    """
+
+    optimizer: optax.GradientTransformation = eqx.field(static=True)
+    projection: Callable | None
+    temperature: Callable | None
+
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformation,
+        *,
+        projection: Callable | None = None,
+        temperature: Callable | None = None,
+    ):
+        require_instance("optimizer", optimizer, optax.GradientTransformation)
+        self.optimizer = optimizer
+        self.projection = None if projection is None else as_pytree("projection", projection)
+        self.temperature = None if temperature is None else as_pytree("temperature", temperature)
+
+    def project(self, x: Any) -> Any:
+        """x, or the nearest point that is allowed."""
+        if self.projection is None:
+            return x
+        with jax.numpy_dtype_promotion("standard"):  # optax's code need not keep to strict promotion
+            projected = self.projection(x)
+        return jax.tree.map(lambda to, leaf: to.astype(leaf.dtype), projected, x)
+
+    def update(self, gradient: Any, optimizer_state: Any, x: Any, **values: Any) -> tuple[Any, Any, jax.Array]:
+        """(next x, next state of the optimizer, stationarity at x).
+
+        `values`: `value`, `grad` and `value_fn` at x for optimizers that search along a line.
+        """
+        optimizer = optax.with_extra_args_support(self.optimizer)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, x, **values)
+        moved = jax.tree.map(lambda leaf, g: leaf - g.astype(leaf.dtype), x, gradient)
+        step = jax.tree.map(lambda leaf, to: leaf - to, x, self.project(moved))
+        stationarity = optax.tree.norm(gradient if self.projection is None else step)
+        return self.project(optax.apply_updates(x, updates)), optimizer_state, stationarity
+
+
+def as_upper_level(optimizer: Any) -> UpperLevel:
+    """An `UpperLevel`, of a bare optimizer if that is what was given."""
+    return optimizer if isinstance(optimizer, UpperLevel) else UpperLevel(optimizer)
+
+
+def at_iteration(algorithm: Any, iteration: jax.Array) -> Any:
+    """The algorithm with the problem of that iteration, as its schedule of the temperature has it."""
+    upper = algorithm.upper
+    if upper.temperature is None:
+        return algorithm
+    kind = _ModelAtTemperature if isinstance(algorithm.problem, Problem) else _AtTemperature
+    with jax.numpy_dtype_promotion("standard"):
+        problem = kind(algorithm.problem, upper.temperature(iteration))
+    return dataclasses.replace(
+        algorithm, problem=problem, upper=UpperLevel(upper.optimizer, projection=upper.projection)
+    )
+
+
+class _AtTemperature(eqx.Module):
+    """A problem with its temperature multiplied by `factor`; the rest is its own."""
+
+    problem: Any
+    factor: jax.Array
+
+    def regularizer(self, x: Any) -> Regularizer:
+        """The problem's, at the other temperature. Raises InputError if it has none."""
+        regularizer = self.problem.regularizer(x)
+        if not regularizer.smooth:
+            raise InputError(f"temperature: {type(regularizer).__name__} has none to multiply; leave the schedule out")
+        own = regularizer.temperature
+        return eqx.tree_at(lambda r: r.temperature, regularizer, own * jnp.asarray(self.factor, own.dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("problem", "factor"):  # what Python and JAX look for is not forwarded
+            raise AttributeError(name)
+        return getattr(self.problem, name)
+
+
+class _ModelAtTemperature(_AtTemperature):
+    """One that can be solved exactly: a `Problem`, which is told by its methods."""
+
+    def mdp(self, x: Any) -> MDP:
+        return self.problem.mdp(x)
+
+    def objective(self, x: Any, solution: Solution) -> jax.Array:
+        return self.problem.objective(x, solution)

@@ -1,0 +1,52 @@
+"""`hypergradient`: value and gradient of the upper level, by any method."""
+
+from typing import Any
+
+import jax
+
+from bilevel_jax.hypergradient.implicit import Implicit
+from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem
+from bilevel_jax.hypergradient.protocol import Hypergradient, Method
+from bilevel_jax.validation import as_float, require_instance
+
+
+def hypergradient(
+    problem: Problem,
+    x: Any,
+    *,
+    method: Method | None = None,
+    initial_value: jax.Array | None = None,
+    initial_adjoint: jax.Array | None = None,
+    with_error: bool = True,
+) -> Hypergradient:
+    """f(x, pi*(x)) and its gradient in x (Yang, Gao and Yuan 2025, for any regularizer and parameter).
+
+    Args:
+      problem: a `Problem`; compiled once for each structure (a new lambda is a new structure).
+      x: any pytree of floating-point arrays.
+      method: None is `Implicit()`. Others: `Unrolled`, `ExpectedTrajectories`, `FiniteDifferences`,
+        `SimultaneousPerturbation`.
+      initial_value, initial_adjoint: warm starts, e.g. `solution.value` and `adjoint` of a call nearby.
+        Methods without an adjoint leave the latter aside.
+      with_error: also estimate the gradient's error (static). In a larger jitted program that does not read
+        `error` it costs nothing either way.
+
+    Returns:
+      `Hypergradient`. Itself differentiable in x: a jvp of its gradient is a Hessian-vector product.
+
+    Raises:
+      InputError: x has leaves that are not floating point, the objective is not a scalar, a warm start
+        has another shape, or an argument another type.
+    """
+    require_problem(problem)
+    require_instance("method", method, Method | None)
+    require_instance("with_error", with_error, bool)
+    starts = {"initial_value": initial_value, "initial_adjoint": initial_adjoint}
+    starts = {name: as_float(name, start) for name, start in starts.items() if start is not None}
+    return _hypergradient(problem, as_upper_variable(x), method, with_error=with_error, **starts)
+
+
+@jax.jit(static_argnames="with_error")
+def _hypergradient(problem, x, method, initial_value=None, initial_adjoint=None, *, with_error):
+    method = Implicit() if method is None else method
+    return method.estimate(problem, x, initial_value, initial_adjoint, with_error)

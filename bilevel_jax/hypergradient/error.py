@@ -17,6 +17,8 @@ from bilevel_jax.solvers import Auto, read_out, solve
 
 # The better V is so many times closer to V*, proven by its solver: |V - V*| >= |T V - V| / 2.
 CLOSER = 100
+# The correction of w is found to one digit, which the factor 2 leaves room for.
+DIGIT = 10
 SAFETY = 2
 
 
@@ -24,7 +26,7 @@ def error_bound(problem: Problem, x: Any, gradient: Any, value: jax.Array, adjoi
     """A bound on |gradient - grad phi(x)|_2, to first order, of a gradient that came with V[S] and w[S].
 
     V is taken on until it is a hundred times closer to V*, the adjoint equation there is solved for what
-    w lacks to two digits, and `gradient` is compared with the one of the two: twice their distance, and
+    w lacks to one digit, and `gradient` is compared with the one of the two: twice their distance, and
     what rounding may do to either. Without w (None) it is solved for as a whole, to its solver's own tolerance.
     Costs a few sweeps and products, and one more evaluation of the gradient formula. Not differentiated.
 
@@ -46,7 +48,7 @@ def error_bound(problem: Problem, x: Any, gradient: Any, value: jax.Array, adjoi
         rest = here.adjoint_residual(better.policy, paid.of_value, adjoint)
         direct = mdp.num_states <= DIRECT_LIMIT
         # A residual may hide (1 - discount)^-1 of itself in the solution.
-        rough = AdaptiveKrylov(tolerance=(1 - jnp.max(mdp.modulus)) / CLOSER)
+        rough = AdaptiveKrylov(tolerance=(1 - jnp.max(mdp.modulus)) / DIGIT)
         rough = default_linear_solver(mdp.num_states) if direct else rough
         w = adjoint + here.solve_adjoint(rough, better.policy, rest, None)[0]
     parts = here.parts(paid, better.value, w)

@@ -84,7 +84,9 @@ class Lagrangian:
 
     def parts(self, paid: Paid, value: jax.Array, w: jax.Array) -> Parts:
         """The summands of `gradient`."""
-        return Parts(paid.of_x, *self._pull(paid.of_theta), *self._pull(self._of_backup(value, w)))
+        both = jax.tree.map(lambda *leaves: jnp.stack(leaves), paid.of_theta, self._of_backup(value, w))
+        (pulled,) = jax.vmap(self._pull)(both)  # at once: what x's derivatives are made of is read once
+        return Parts(paid.of_x, *(jax.tree.map(lambda leaf, i=i: leaf[i], pulled) for i in range(2)))
 
     def _of_backup(self, value: jax.Array, w: jax.Array) -> Any:
         _, pull = jax.vjp(lambda theta: over_batch(backup)(*self.lower(theta), value), self._theta)

@@ -9,13 +9,14 @@ worth to another, plus |x|^2 / 2. Every method gets the loosest of its settings 
 1e-6 (2-norm, relative, against BiCGStab to 1e-12); `default` is `hypergradient(problem, x)` as it is, `default, 1e-6`
 with that tolerance for both of its solvers, `warm` the same from the solution at x + 1e-3. `random signs` are never
 that accurate: 64 samples, with the error they have. A second table asks for 1e-10, near to what the default gives
-unasked. Median seconds; bytes are temporary arrays as compiled.
+unasked, and a third for an estimate of the gradient's error besides, which `hypergradient` makes unless told not to.
+Median seconds; bytes are temporary arrays as compiled.
 """
 
 import argparse
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from timing import seconds, summary
 import bilevel_jax as bj
 
 DISCOUNT, TEMPERATURE, FEATURES = 0.99, 0.1, 8
-ACCURACIES = (1e-6, 1e-10)
+LOOSE = 1e-6
 SIZES = (10**2, 10**3, 10**4, 10**5)
 LIMIT = 30.0  # seconds that one call may take
 DECADES = range(-5, -14, -1)
@@ -103,8 +104,23 @@ def make(problem, x, method, starts, with_error=False):
     return bj.hypergradient(problem, x, method=method, with_error=with_error, **starts)
 
 
-def cell(name: str, states: int, method: str, accuracy: float) -> dict[str, Any]:
-    """The first setting that is accurate: seconds, bytes, error. And what an error estimate adds to the default."""
+class Table(NamedTuple):
+    """Rows of a table, all to one accuracy."""
+
+    accuracy: float
+    with_error: bool
+    methods: Sequence[str]
+
+    def title(self, problem: str) -> str:
+        return f"{problem}, to {self.accuracy:g}" + (", and the error estimated" if self.with_error else "")
+
+    def key(self, problem: str, states: int, method: str) -> str:
+        beside = "" if self.accuracy == LOOSE else f" to {self.accuracy:g}"
+        return f"{problem} {states} {method}{beside}" + (" with its error" if self.with_error else "")
+
+
+def cell(name: str, states: int, method: str, accuracy: float, with_error: bool) -> dict[str, Any]:
+    """The first setting that is accurate: seconds, bytes, error."""
     problem, x = problem_of(name, states)
     right = make(problem, x, bj.Implicit(adjoint=bj.BiCGStab(1e-12)), {}).gradient
     warm = make(problem, x + 1e-3, None, {})
@@ -113,9 +129,6 @@ def cell(name: str, states: int, method: str, accuracy: float) -> dict[str, Any]
     if method == "warm":
         choices["warm"] = choices["default, 1e-6"]
         starts = {"initial_value": warm.solution.value, "initial_adjoint": warm.adjoint}
-    with_error = method == "default, with its error"
-    if with_error:
-        choices[method] = choices["default"]
     last: dict[str, Any] = {}
     for choice in choices[method]:
         compiled = make.lower(problem, x, choice, starts, with_error=with_error).compile()
@@ -135,24 +148,20 @@ def cell(name: str, states: int, method: str, accuracy: float) -> dict[str, Any]
     return {**last, "accurate": False}
 
 
-def key(problem: str, states: int, method: str, accuracy: float) -> str:
-    return f"{problem} {states} {method}" + ("" if accuracy == ACCURACIES[0] else f" to {accuracy:g}")
-
-
-def table(figures: Figures, sizes: list[int], accuracy: float, methods: Sequence[str]) -> str:
+def markdown(figures: Figures, sizes: list[int], table: Table) -> str:
     """Markdown: milliseconds and MiB."""
     lines = []
     for problem in ("garnet", "cells"):
         lines += [
-            f"## {problem}, to {accuracy:g}",
+            f"## {table.title(problem)}",
             "",
             "| method | " + " | ".join(f"{s:,} states" for s in sizes) + " |",
         ]
         lines.append("|---" * (1 + len(sizes)) + "|")
-        for method in methods:
+        for method in table.methods:
             entries = []
             for states in sizes:
-                found = figures.cells.get(key(problem, states, method, accuracy))
+                found = figures.cells.get(table.key(problem, states, method))
                 if found is None:
                     entries.append("-")
                 elif found["accurate"] or method == "random signs":
@@ -165,8 +174,12 @@ def table(figures: Figures, sizes: list[int], accuracy: float, methods: Sequence
     return "\n".join(lines)
 
 
-ADDED = ("default, with its error", "warm")
-METHODS = (*list(settings(100))[:2], *ADDED, *list(settings(100))[2:])
+NAMES = list(settings(100))
+TABLES = (
+    Table(LOOSE, False, (*NAMES[:2], "warm", *NAMES[2:])),
+    Table(1e-10, False, PRECISE),
+    Table(1e-10, True, PRECISE),
+)
 
 
 def main() -> None:
@@ -177,17 +190,16 @@ def main() -> None:
     options = parser.parse_args()
     figures = Figures("methods", options.again)
     sizes = [states for states in SIZES if states <= options.most]
-    passes = dict(zip(ACCURACIES, (METHODS, PRECISE), strict=True))
-    for accuracy, methods in passes.items():
+    for table in TABLES:
         for states in sizes:
             for name in ("garnet", "cells"):
-                for method in methods:
-                    if method not in settings(states) and method not in ADDED:
+                for method in table.methods:
+                    if method not in settings(states) and method != "warm":
                         continue
-                    parts = name, states, method, accuracy
-                    figures.measure(key(*parts), lambda parts=parts: cell(*parts))
+                    parts = name, states, method, table.accuracy, table.with_error
+                    figures.measure(table.key(name, states, method), lambda parts=parts: cell(*parts))
                     jax.clear_caches()  # a process may have no more than 65,530 memory mappings, programs have many
-    text = "\n".join(table(figures, sizes, accuracy, methods) for accuracy, methods in passes.items())
+    text = "\n".join(markdown(figures, sizes, table) for table in TABLES)
     figures.path.with_suffix(".md").write_text(
         f"# Cost of each method\n\n{(__doc__ or '').split('Problems of')[0]}\n{text}"
     )

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import but
+from jax.tree_util import Partial
 
 import bilevel_jax as bj
 from bilevel_jax.algorithms import UpperLevel, implicit
@@ -77,6 +78,14 @@ def in_many_digits(kind, kernel, reward, weights, reference, discount, temperatu
         return float(phi), np.array(gradient)
 
 
+def rewarded(kernel, discount, reward):
+    return bj.MDP(kernel, reward, discount)
+
+
+def weighed(weights, x, solution):
+    return jnp.sum(weights * solution.policy) + jnp.mean(solution.value)
+
+
 @pytest.mark.parametrize("kind", ["shannon", "kl"])
 @pytest.mark.parametrize("temperature", but([1e-4], [1.0, 1e-2, 1e-3, 1e-4]))
 def test_against_sixty_digits(kind, temperature):
@@ -85,11 +94,8 @@ def test_against_sixty_digits(kind, temperature):
         kernel, reward, weights, reference = numbers(seed)
         phi, want = in_many_digits(kind, kernel, reward, weights, reference, discount, temperature)
         regularizer = bj.ShannonEntropy(temperature) if kind == "shannon" else bj.KLDivergence(temperature, reference)
-        problem = bj.BilevelProblem(
-            lambda x, kernel=kernel: bj.MDP(kernel, x, discount),
-            regularizer,
-            lambda x, s, weights=weights: jnp.sum(weights * s.policy) + jnp.mean(s.value),
-        )
+        mdp = Partial(rewarded, jnp.asarray(kernel), jnp.asarray(discount))
+        problem = bj.BilevelProblem(mdp, regularizer, Partial(weighed, jnp.asarray(weights)))
         made = bj.check(bj.hypergradient(problem, reward))
         np.testing.assert_allclose(made.value, phi, rtol=1e-12, atol=1e-12)
         # V is rounded to eps |V|, which the temperature divides: so many digits are there to be had.
@@ -124,7 +130,7 @@ def test_near_a_tie(temperature):
         bj.ShannonEntropy(temperature),
         lambda x, s: jnp.sum(padded[2] * s.policy) + jnp.mean(s.value),
     )
-    made = bj.check(bj.hypergradient(problem, padded[1]))
+    made = bj.check(bj.hypergradient(problem, padded[1], with_error=False))
     assert np.abs(want).max() > 0.1 / temperature
     np.testing.assert_allclose(made.value, phi, rtol=1e-11)
     np.testing.assert_allclose(made.gradient, want, rtol=1e-8, atol=1e-10 / temperature)
@@ -157,7 +163,7 @@ def test_annealing_reaches_what_a_cold_start_does_not():
 
     (cold, _), (warm, infos) = final(optimizer), final(UpperLevel(optimizer, temperature=schedule))
     assert np.all(np.isfinite(infos.gradient_norm))
-    value = lambda x: float(bj.hypergradient(problem, x).value)  # noqa: E731
+    value = lambda x: float(bj.hypergradient(problem, x, with_error=False).value)  # noqa: E731
     assert abs(float(cold.x)) < 1e-3  # no gradient there: the policy at 0 is deterministic
     assert value(warm.x) < value(cold.x) - 0.8
     best = min(value(x) for x in np.linspace(0, 2, 401))

@@ -101,7 +101,7 @@ def test_certificates_know_of_rows_that_do_not_sum_to_one():
 
 def test_rounding_is_a_part_of_the_bound():
     # float32 at discount 0.999: the error is far above what the span alone says, and within what is reported.
-    for seed in range(5):
+    for seed in range(3):
         process = random_process(seed, 40, 4)
         exact = solve_numpy("shannon", process.dense, process.reward + 5, 0.999, 0.5, None, 60_000)[0]
         narrow = jax.tree.map(lambda leaf: leaf.astype(np.float32), bj.MDP(process.dense, process.reward + 5, 0.999))
@@ -209,7 +209,7 @@ def test_the_unregularized_policy_has_no_derivative_and_the_value_has_one():
         lambda x: mdp.replace(reward=mdp.reward + x), bj.Unregularized(), lambda x, s: s.policy[0, 0]
     )
     with pytest.raises(bj.InputError, match="piecewise constant and has no derivative"):
-        bj.hypergradient(problem, jnp.zeros((STATES, ACTIONS)))
+        bj.hypergradient(problem, jnp.zeros((STATES, ACTIONS)), with_error=False)
 
 
 def test_new_numbers_do_not_recompile():

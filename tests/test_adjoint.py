@@ -296,6 +296,7 @@ def goal_grid_operator(side, discount):
     return mdp, PolicyOperator(transition, discount * bj.solve(mdp, bj.ShannonEntropy(0.1)).policy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [bj.BiCGStab(1e-8), bj.AdaptiveKrylov(1e-8)], ids=["bicgstab", "adaptive"])
 def test_transposed_solve_of_a_policy_that_gathers_all_mass(solver):
     mdp, operator = goal_grid_operator(40, 0.99)

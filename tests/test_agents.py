@@ -531,6 +531,7 @@ def test_regularizers_that_do_not_fit():
         SoftQLearning().init(KEY, problem, lower.x)
 
 
+@pytest.mark.slow
 def test_the_exact_agent_needs_a_model():
     lower = Lower()
     with pytest.raises(bj.InputError, match="problem: ExactAgent needs the model"):

@@ -151,6 +151,7 @@ def test_checkpoint_of_the_network_alone():
     assert_trees_close(remade.gradient, bj.hypergradient(imitation(reward), params).gradient)
 
 
+@pytest.mark.slow
 def test_hessian_vector_product_inside_jit():
     problem, x = upper_problem("kl"), upper_start()
     directions = jax.tree.map(lambda *d: jnp.stack(d), *(random_like(seed, x) for seed in range(2)))

@@ -45,6 +45,7 @@ def test_before_anything_was_seen_it_charges_what_was_paid():
     np.testing.assert_allclose(credit[:, 0], charges.returns())
 
 
+@pytest.mark.slow
 def test_regroup():
     problem = bj.problems.make("tabular_rlhf")
     uniform = bj.Table(jnp.full(problem.hidden_reward.shape, 1 / 3))

@@ -52,7 +52,7 @@ def test_all_roads_lead_to_the_same_gradient(name):
 
 
 @pytest.mark.parametrize(
-    ("kind", "contexts"), but([], [("kl", False), ("kl", True), ("shannon", True), ("tsallis", False)])
+    ("kind", "contexts"), but([], [("kl", False), ("kl", True), ("shannon", False), ("tsallis", False)])
 )
 def test_error_bounds_hold_and_are_tight(kind, contexts):
     problem, x = upper_problem(kind, contexts), upper_start()
@@ -181,6 +181,7 @@ def test_unrolled_is_the_derivative_of_the_sweeps():
     )
 
 
+@pytest.mark.slow
 def test_unrolled_from_a_warm_start():
     exact = truth("kl")
     made = bj.hypergradient(
@@ -268,6 +269,7 @@ def test_random_signs_are_unbiased():
     assert error / 2 <= made.error <= 10 * error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [bj.FiniteDifferences(), bj.SimultaneousPerturbation(jax.random.key(0), 4)])
 def test_perturbations_jit_and_vmap(method):
     problem, x = upper_problem("kl"), upper_start()

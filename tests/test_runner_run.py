@@ -242,6 +242,7 @@ def test_best_x_has_the_best_value(rooms):
         np.testing.assert_allclose(float(rooms.runs[number]["best_value"]), exact.value, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_best_of_all_iterations_is_kept(tmp_path):
     """A step far too long: the start is the best, and not the end."""
     done = finished(tmp_path, SYNTHETIC, "sweep.optimizer.learning_rate=[50.0]", *FIVE_SEEDS)
@@ -455,6 +456,7 @@ def reference(config: Config, point: dict, optimizer: optax.GradientTransformati
     return np.array(rows), np.asarray(state.x)
 
 
+@pytest.mark.slow
 def test_sweep_is_the_same_as_single_runs(rooms, tmp_path):
     """seed x learning rate x temperature x beta x discount in one program; run by run the numbers of single runs."""
     for number, point in enumerate(rooms.config.grid):

@@ -194,6 +194,7 @@ def test_lbfgs_step_is_finite_and_descends():
     assert float(infos.gradient_norm[-1]) < 1e-3 < float(plain.gradient_norm[-1])
 
 
+@pytest.mark.slow
 def test_many_seeds_and_rates_in_one_program():
     problem = mixture()
     optimizer = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1)

@@ -101,6 +101,7 @@ def test_a_wrong_derivative_rule():
     assert [row.part for row in report.parts if not row.agrees] == ["objective in V, x fixed"]
 
 
+@pytest.mark.slow
 def test_it_says_that_a_solve_failed():
     report = bj.check_gradient(
         upper_problem("kl"), upper_start(), method=bj.Implicit(bj.ValueIteration(max_steps=3)), verbose=False

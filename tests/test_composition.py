@@ -132,6 +132,7 @@ def test_upper_iterations_in_scan_equal_a_python_loop():
     assert np.abs(flat(ended[0]) - flat(x)).max() > 0.1
 
 
+@pytest.mark.slow
 def test_checkpoint_changes_nothing():
     problem, x = upper_problem("kl"), upper_start()
     plain = bj.check(bj.hypergradient(problem, x))

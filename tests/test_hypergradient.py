@@ -11,6 +11,7 @@ from helpers import (
     ACTIONS,
     CONTEXTS,
     STATES,
+    but,
     central_difference,
     flat,
     random_like,
@@ -39,7 +40,7 @@ def exact(kind, contexts=False):
     return bj.check(bj.hypergradient(upper_problem(kind, contexts), upper_start(), with_error=False))
 
 
-@pytest.mark.parametrize(("kind", "contexts"), [("tsallis", False), ("kl", False), ("kl", True)])
+@pytest.mark.parametrize(("kind", "contexts"), but([("kl", True)], [("tsallis", False), ("kl", False), ("kl", True)]))
 def test_gradient_against_differences_and_composition(kind, contexts):
     problem, x = upper_problem(kind, contexts), upper_start()
     result, f = exact(kind, contexts), jax.jit(composed(problem))
@@ -201,6 +202,7 @@ def test_neumann_converges_at_the_rate_of_the_discount():
         np.testing.assert_allclose(of[2] / of[0], discount**20, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_descent_converges_to_direct():
     rough = bj.hypergradient(
         upper_problem("shannon"), upper_start(), method=bj.Implicit(adjoint=bj.Descent(0.5, 2000)), with_error=False

@@ -34,6 +34,7 @@ def test_learned_advantage_is_the_upper_level_s():
     assert error(4000) < error(10) / 3
 
 
+@pytest.mark.slow
 def test_before_anything_was_seen_it_charges_what_was_paid():
     problem = bj.problems.make("garnet", horizon=5)
     x = problem.start(KEY)

@@ -86,7 +86,7 @@ def weighed(weights, x, solution):
     return jnp.sum(weights * solution.policy) + jnp.mean(solution.value)
 
 
-@pytest.mark.parametrize("kind", ["shannon", "kl"])
+@pytest.mark.parametrize("kind", but(["kl"], ["shannon", "kl"]))
 @pytest.mark.parametrize("temperature", but([1e-4], [1.0, 1e-2, 1e-3, 1e-4]))
 def test_against_sixty_digits(kind, temperature):
     discount = 0.9

@@ -155,6 +155,7 @@ def test_under_vmap(name):
 # What each method says that it is.
 
 
+@pytest.mark.slow
 def test_unrolled_is_the_derivative_of_the_sweeps():
     problem, x = upper_problem("kl"), upper_start()
 
@@ -194,6 +195,7 @@ def test_unrolled_from_a_warm_start():
     np.testing.assert_allclose(made.stats.residual, neumann.stats.residual, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_warm_started_iterates_converge():
     """M-SoBiRL's way at a fixed x: a few sweeps and a step on the adjoint a call, both from where they stood."""
     problem, x = upper_problem("kl"), upper_start()

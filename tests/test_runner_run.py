@@ -199,6 +199,7 @@ def test_metrics(rooms):
     assert max(float(row["lower_error_bound"]) for row in rows) < 1e-6
 
 
+@pytest.mark.slow
 def test_first_row_is_the_problem_at_the_start(rooms):
     for number, point in enumerate(rooms.config.grid):
         problem = problem_of(rooms.config, point)

@@ -1,6 +1,15 @@
 """Bilevel problems by name: `make("four_rooms", beta=3.0)`, `names()`. One problem a file."""
 
-from bilevel_jax.problems import four_rooms, garnet, reward_shaping, synthetic, tabular_rlhf
+from bilevel_jax.problems import (
+    four_rooms,
+    garnet,
+    multi_follower,
+    reward_shaping,
+    stackelberg,
+    synthetic,
+    tabular_rlhf,
+    tax_design,
+)
 from bilevel_jax.problems.registry import ProblemSpec, make, names, register, spec
 
 __all__ = [
@@ -8,10 +17,13 @@ __all__ = [
     "four_rooms",
     "garnet",
     "make",
+    "multi_follower",
     "names",
     "register",
     "reward_shaping",
     "spec",
+    "stackelberg",
     "synthetic",
     "tabular_rlhf",
+    "tax_design",
 ]

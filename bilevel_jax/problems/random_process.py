@@ -1,0 +1,17 @@
+"""Random dynamics, as Garnet has them (Archibald, McKinnon and Thomas 1995)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def random_successors(keys: jax.Array, pairs: tuple[int, ...], states: int, branching: int) -> tuple[jax.Array, ...]:
+    """For each pair, `branching` different states and their probabilities, both [branching, *pairs].
+
+    Args:
+      keys: two, [2].
+      pairs: axes of what has successors, such as (S, A).
+    """
+    order = jnp.argsort(jax.random.uniform(keys[0], (*pairs, states)), -1)
+    weight = jax.random.exponential(keys[1], (branching, *pairs)) + 1e-3
+    successor = jnp.moveaxis(order[..., :branching], -1, 0).astype(jnp.int32)
+    return successor, weight / jnp.sum(weight, 0)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ import bilevel_jax as bj
 from bilevel_jax import problems
 from bilevel_jax.runner import cli, plots
 from bilevel_jax.runner.config import Config, from_directory, load, sweepable
+from bilevel_jax.runner.pictures import picture
 from bilevel_jax.runner.schema import SECTIONS
 from bilevel_jax.runner.sweep import Program
 
@@ -40,7 +42,7 @@ METRICS = [
     "adjoint_result",
     "adjoint_error_bound",
 ]
-FILES = ["config.yaml", "final.npz", "learning_curves.png", "metrics.csv", "runs.csv", "summary.json"]
+FILES = ["config.yaml", "final.npz", "incentive.png", "learning_curves.png", "metrics.csv", "runs.csv", "summary.json"]
 
 ROOMS = """\
 problem: {name: four_rooms}
@@ -176,8 +178,8 @@ def memory(program: Program) -> int:
 
 
 def test_directory(rooms, synthetic):
-    assert sorted(path.name for path in rooms.directory.iterdir()) == sorted([*FILES, "incentive.png"])
-    assert sorted(path.name for path in synthetic.directory.iterdir()) == FILES
+    for done in (rooms, synthetic):
+        assert sorted(path.name for path in done.directory.iterdir()) == FILES
 
 
 def test_config_is_the_resolved_one(rooms):
@@ -306,7 +308,7 @@ def test_printed_summary(rooms):
     assert re.search(
         r"^small: 32 runs in [\d.]+ s \(compile [\d.]+ s\), best final objective -?[\d.]+", rooms.called.out
     )
-    for name in [*FILES, "incentive.png"]:
+    for name in FILES:
         assert str(rooms.directory / name) in rooms.called.out
 
 
@@ -369,7 +371,8 @@ def test_pictures_are_written_and_redrawn(rooms, tmp_path):
         assert (copy / name).read_bytes() == (rooms.directory / name).read_bytes()
 
 
-def test_no_incentive_off_a_grid(synthetic):
+def test_no_picture_of_a_problem_without_panels(synthetic, monkeypatch):
+    monkeypatch.setattr(plots, "build_problem", lambda section: object())
     called = command("plot", synthetic.directory)
     assert called == Called(0, f"{synthetic.directory / 'learning_curves.png'}\n", "")
     assert_picture(synthetic.directory / "learning_curves.png")
@@ -407,7 +410,7 @@ def test_incentive_has_a_panel_for_each_context(goals):
     states = len(problem.grid.cells)
     x = np.random.default_rng(0).normal(size=states + 1)
     policy = np.random.default_rng(1).dirichlet(np.ones(4), (len(goals), states))
-    figure = plots.incentive(problem, x, policy, 1.0)
+    figure = picture(problem, x, SimpleNamespace(policy=policy))
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == len(goals)
     heat = np.asarray(problem.incentive(x))
@@ -779,8 +782,10 @@ def test_interrupted(interrupted):
 def test_plot_of_an_interrupted_run(interrupted):
     """All four runs that started are of one line, two of them have two rows less."""
     called = command("plot", interrupted.directory)
-    assert called == Called(0, f"{interrupted.directory / 'learning_curves.png'}\n", "")
-    assert_picture(interrupted.directory / "learning_curves.png")
+    pictures = [interrupted.directory / name for name in ("learning_curves.png", "incentive.png")]
+    assert called == Called(0, "".join(f"{path}\n" for path in pictures), "")
+    for path in pictures:
+        assert_picture(path)
 
 
 def test_interrupted_before_a_run_is_finished(tmp_path, monkeypatch):

@@ -393,7 +393,7 @@ REFUSED = {
     "no start": (lambda: SHAPING(layout="grid", rows=("..", "g.")), r"rows: expected one start 's', got 0"),
     "no goal": (lambda: SHAPING(layout="grid", rows=("..", "s.")), r"rows: no goal; mark at least one cell 'g'"),
     "no rows": (lambda: SHAPING(layout="grid", rows=()), r"rows: the map is empty"),
-    "ragged": (lambda: SHAPING(layout="grid", rows=("sg.", "..")), r"map: rows have lengths \[2, 3\]"),
+    "ragged": (lambda: SHAPING(layout="grid", rows=("sg.", "..")), r"rows: they have lengths \[2, 3\]"),
     "chain slip": (lambda: SHAPING(slip=1.0), r"slip must be at least 0 and below 1, got 1; 0 is none"),
     "grid slip": (lambda: SHAPING(layout="grid", slip=-0.1), r"slip must be at least 0 and below 1, got -0.1"),
     "true_discount": (lambda: SHAPING(true_discount=1.0), r"true_discount must be at least 0 and below 1, got 1"),

@@ -17,6 +17,7 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.problems.grid import Grid, dynamics, parse_map
+from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import Transition
@@ -152,6 +153,21 @@ class FourRooms(eqx.Module):
         del key
         reward = self._designer_reward(x).reshape(-1)[trajectories.observation[0]]
         return -jnp.where(trajectories.valid[0], reward, 0)
+
+    def panels(self, x, solution):
+        contexts = len(self.at_goal)
+        marks = {"T": self.at_target, "S": self.initial == 1}
+        return tuple(
+            grid_panel(
+                f"context {context + 1}" if contexts > 1 else "",
+                self.grid,
+                self.incentive(x),
+                solution.policy[context],
+                label="incentive",
+                marks={"G": self.at_goal[context], **marks},
+            )
+            for context in range(contexts)
+        )
 
     def _designer_reward(self, x: jax.Array) -> jax.Array:
         """What the designer gets in each context and state, [C, S]."""

@@ -11,6 +11,7 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
+from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition
@@ -110,6 +111,13 @@ class Garnet(eqx.Module):
     def loss(self, key, x, trajectories):
         del key
         return self._costs(x)[trajectories.observation[0], trajectories.action[0]]
+
+    def panels(self, x, solution):
+        return (
+            pair_panel("the designer's cost", self.cost, "cost"),
+            pair_panel("bonus", x, "bonus"),
+            pair_panel("the agent's policy", solution.policy, "probability"),
+        )
 
     def _costs(self, x: jax.Array) -> jax.Array:
         return self.cost + self.price / 2 * x**2

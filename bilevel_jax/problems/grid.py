@@ -1,5 +1,9 @@
-"""Grid worlds from plain-text maps: `x` is a wall, anything else a cell; cells in row-major order."""
+"""Grid worlds from plain-text maps: `x` is a wall, anything else a cell; cells in row-major order.
 
+A problem gives letters a meaning: `s` is where the agent starts, `g` its goal.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,10 +19,11 @@ MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1)])
 
 
 class Grid(NamedTuple):
-    """A parsed map: `walls` bool[H, W] and `cells` int[S, 2], (row, column) of each state."""
+    """A parsed map: `walls` bool[H, W]; `cells` int[S, 2], (row, column) of each state; and its letter, [S]."""
 
     walls: np.ndarray
     cells: np.ndarray
+    letters: np.ndarray
 
     def state(self, name: str, cell: tuple[int, int]) -> int:
         """The state index of a cell. Raises InputError for a wall or a place outside the map."""
@@ -31,6 +36,19 @@ class Grid(NamedTuple):
                 f"{self.walls.shape[1]} map (rows and columns count from 0)"
             )
         return int(match[0])
+
+    def marked(self, letter: str, what: str = "", *, once: bool = False) -> np.ndarray:
+        """Which states have a letter, bool [S].
+
+        Raises:
+          InputError: `what` the letter marks is given and no cell has it, or several have where it is `once`.
+        """
+        found = self.letters == letter
+        if once and found.sum() != 1:
+            raise InputError(f"rows: expected one {what} {letter!r}, got {found.sum()}")
+        if what and not found.any():
+            raise InputError(f"rows: no {what}; mark at least one cell {letter!r}")
+        return found
 
     def shape(self) -> tuple[int, ...]:
         """(height, width) of the cells where they fill a rectangle, else (S,)."""
@@ -48,15 +66,18 @@ class Grid(NamedTuple):
         return np.where(destination >= 0, destination, np.arange(len(self.cells))[:, None])
 
 
-def parse_map(text: str) -> Grid:
-    """Parse a map. Raises InputError if it is not rectangular or has no cell."""
-    rows = text.strip("\n").split("\n")
+def parse_map(rows: str | Sequence[str]) -> Grid:
+    """Parse a map, a text or its rows. Raises InputError if it is not rectangular or has no cell."""
+    rows = rows.strip("\n").split("\n") if isinstance(rows, str) else rows
+    if not rows:
+        raise InputError("rows: the map is empty; give at least one row")
     if len({len(row) for row in rows}) != 1:
-        raise InputError(f"map: rows have lengths {sorted({len(row) for row in rows})}; pad them to one length")
-    walls = np.array([list(row) for row in rows]) == "x"
+        raise InputError(f"rows: they have lengths {sorted({len(row) for row in rows})}; pad them to one length")
+    letters = np.array([list(row) for row in rows])
+    walls = letters == "x"
     if walls.all():
-        raise InputError("map: it has walls only; leave at least one cell that is not 'x'")
-    return Grid(walls, np.argwhere(~walls))
+        raise InputError("rows: the map has walls only; leave at least one cell that is not 'x'")
+    return Grid(walls, np.argwhere(~walls), letters[~walls])
 
 
 def dynamics(grid: Grid, slip: jax.Array | float, kind: str) -> Transition:

@@ -17,6 +17,7 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.problems.grid import dynamics, parse_map
+from bilevel_jax.problems.panels import Curves, grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition, Transition
@@ -90,6 +91,7 @@ class RewardShaping(eqx.Module):
     price: jax.Array
     horizon: int = eqx.field(static=True)
     by_pair: bool = eqx.field(static=True)
+    rows: tuple[str, ...] | None = eqx.field(static=True)  # None: a chain
 
     def __init__(self, options: RewardShapingOptions):
         _check(options)
@@ -110,6 +112,7 @@ class RewardShaping(eqx.Module):
         self.temperature = ShannonEntropy(options.temperature).temperature
         self.horizon = options.horizon
         self.by_pair = options.bonus == "pair"
+        self.rows = options.rows if options.layout == "grid" else None
         # A simulator needs only to know which pairs end the process.
         self.environment = TabularEnvironment(self._process(true[:, None], jnp.asarray(0.5, float)))
 
@@ -151,6 +154,22 @@ class RewardShaping(eqx.Module):
         # The price is due before the first action.
         return jnp.where(steps == 0, self._cost(x), 0) - jnp.where(trajectories.valid[0], trajectories.reward[0], 0)
 
+    def panels(self, x, solution):
+        bonus = np.asarray(self.shaping(x))  # [S, A] or [S, 1]
+        policy = np.asarray(solution.policy)
+        if self.rows is not None:
+            grid = parse_map(self.rows)
+            marks = {letter.upper(): grid.marked(letter) for letter in "sgd"}
+            title = "the policy's mean bonus" if self.by_pair else "bonus"
+            return (grid_panel(title, grid, np.sum(policy * bonus, -1), policy, label="bonus", marks=marks),)
+        state = np.arange(len(policy))
+        names = ("bonus, left", "bonus, right") if self.by_pair else ("bonus",)
+        paid = {"true reward": np.asarray(self.environment.reward)[:, 0], **dict(zip(names, bonus.T, strict=True))}
+        return (
+            Curves("rewards", state, paid, "state", "reward"),
+            Curves("the agent's policy", state, {"right": policy[:, 1]}, "state", "probability of a move to the right"),
+        )
+
     def true_return(self, policy: jax.Array) -> jax.Array:
         """What a policy[S, A] earns: its true reward from the start, discounted by `true_discount`, a scalar."""
         return policy_value(self._process(self.environment.reward, self.true_discount), policy) @ self.initial
@@ -178,13 +197,9 @@ def _chain(options: RewardShapingOptions) -> tuple[Transition, np.ndarray, np.nd
 
 def _grid(options: RewardShapingOptions) -> tuple[Transition, np.ndarray, np.ndarray, np.ndarray]:
     """Dynamics, and where start, goals and distractors are; bool [S] each."""
-    grid = parse_map("\n".join(options.rows))
-    letters = np.array([options.rows[row][column] for row, column in grid.cells])
-    if (letters == "s").sum() != 1:
-        raise InputError(f"rows: expected one start 's', got {(letters == 's').sum()}")
-    if not (letters == "g").any():
-        raise InputError("rows: no goal; mark at least one cell 'g'")
-    return dynamics(grid, options.slip, "successor"), *(letters == letter for letter in "sgd")
+    grid = parse_map(options.rows)
+    places = grid.marked("s", "start", once=True), grid.marked("g", "goal"), grid.marked("d")
+    return dynamics(grid, options.slip, "successor"), *places
 
 
 def _check(options: RewardShapingOptions) -> None:
@@ -196,8 +211,6 @@ def _check(options: RewardShapingOptions) -> None:
         raise InputError(f"states must be {limit}, got {options.states}")
     if options.horizon < 1:
         raise InputError(f"horizon must be at least 1, got {options.horizon}; the default is 500")
-    if not options.rows:
-        raise InputError("rows: the map is empty; give at least one row")
 
 
 register("reward_shaping", RewardShapingOptions, RewardShaping)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
+from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 
@@ -57,6 +58,12 @@ class Synthetic(eqx.Module):
 
     def objective(self, x, solution):
         return (jnp.sum(x**2) + jnp.sum(solution.policy**2)) / 2
+
+    def panels(self, x, solution):
+        return (
+            pair_panel("reward", self.mdp(x).reward, "reward"),
+            pair_panel("the agent's policy", solution.policy, "probability"),
+        )
 
 
 def synthetic(options: SyntheticOptions) -> Synthetic:

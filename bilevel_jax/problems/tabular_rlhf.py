@@ -19,6 +19,7 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.preferences import Teacher, log_likelihood, segment_return
+from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import KLDivergence, ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition
@@ -165,6 +166,13 @@ class TabularRLHF(eqx.Module):
         hidden = segment_return(trajectories.reward, trajectories.valid)
         label = self.teacher.label(key, *hidden) if self.sampled else self.teacher.mean_label(*hidden)
         return self._price(x) - log_likelihood(learned[0], learned[1], label.astype(learned.dtype))
+
+    def panels(self, x, solution):
+        return (
+            pair_panel("the teacher's reward", self.hidden_reward, "reward"),
+            pair_panel("the learned reward", self.reward(x).values, "reward"),
+            pair_panel("the agent's policy", solution.policy, "probability"),
+        )
 
     def true_return(self, policy: jax.Array) -> jax.Array:
         """What a policy[S, A] earns: its discounted hidden reward from the start, a scalar."""

@@ -7,23 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+import bilevel_jax as bj
 from bilevel_jax.errors import InputError
-from bilevel_jax.problems.grid import MOVES, Grid
+from bilevel_jax.problems.panels import Pictured
 from bilevel_jax.runner.config import Config, from_directory
+from bilevel_jax.runner.pictures import COLORS, picture
+from bilevel_jax.runner.run import flat_names
 from bilevel_jax.runner.sweep import build_problem
-
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
 
 def plot(directory: Path) -> list[Path]:
-    """Draw learning_curves.png, and incentive.png where the problem is a grid. Returns what was written.
+    """Draw learning_curves.png, and incentive.png where the problem has panels. Returns what was written.
 
     Raises:
       InputError: the directory has no finished run.
@@ -41,12 +38,19 @@ def plot(directory: Path) -> list[Path]:
     if best is not None:
         with jax.enable_x64(config.values["precision"] == "float64"):
             problem = build_problem(config.at(config.grid[best])["problem"])
-            if hasattr(problem, "grid") and hasattr(problem, "incentive"):
-                with np.load(directory / "final.npz") as final:
-                    written.append(directory / "incentive.png")
-                    figure = incentive(problem, final["x"][best], final["policy"][best], summary["final_value"])
-                    _save(figure, written[-1])
+            if isinstance(problem, Pictured):
+                written.append(directory / "incentive.png")
+                _save(_answer(problem, directory, best, summary["final_value"]), written[-1])
     return written
+
+
+def _answer(problem: Any, directory: Path, run: int, value: float) -> Figure:
+    """The picture of a run's last x and of the policy that answers it."""
+    names, structure = flat_names("x", jax.eval_shape(problem.start, jax.random.key(0)))
+    with np.load(directory / "final.npz") as final:
+        x = jax.tree.unflatten(structure, [jax.numpy.asarray(final[name][run]) for name in names])
+        solution = bj.solve(problem.mdp(x), problem.regularizer(x), initial_value=final["value"][run])
+    return picture(problem, x, solution, f"the agent's answer to the last x, objective {value:.3f}")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -95,56 +99,3 @@ def learning_curves(config: Config, directory: Path) -> Figure:
     spread = f", median and range over {seeds} seeds" if seeds > 1 else ""
     figure.suptitle(f"{config.name}: {config.values['algorithm']['name']}{spread}", fontsize=11)
     return figure
-
-
-def incentive(problem: Any, x: np.ndarray, policy: np.ndarray, value: float) -> Figure:
-    """The incentive of each cell as a heat map with the policy's arrows, one panel a context."""
-    grid: Grid = problem.grid
-    heat = np.asarray(problem.incentive(x))
-    policies = policy.reshape(-1, *policy.shape[-2:])
-    field = np.full(grid.walls.shape, np.nan)
-    field[tuple(grid.cells.T)] = heat
-    figure = Figure(figsize=(4.9 * len(policies) + 0.8, 4.6), layout="constrained")
-    panels = np.atleast_1d(figure.subplots(1, len(policies)))
-    colors = mpl.colormaps["Reds_r" if heat.min() < 0 else "Greens"].with_extremes(bad="#3a3f47")
-    low, high = (heat.min(), 0) if heat.min() < 0 else (0, max(heat.max(), 1e-12))
-    for context, (panel, one) in enumerate(zip(panels, policies, strict=True)):
-        panel.imshow(field, cmap=colors, vmin=low, vmax=high)
-        _draw_policy(panel, grid, one)
-        _mark(panel, grid, problem, context)
-        panel.set(xticks=[], yticks=[], title=f"context {context + 1}" if len(policies) > 1 else "")
-    scale = ScalarMappable(Normalize(low, high), colors)
-    figure.colorbar(scale, ax=list(panels), shrink=0.85, label="incentive")
-    figure.suptitle(f"incentive and the agent's policy, objective {value:.3f}", fontsize=11)
-    return figure
-
-
-def _draw_policy(panel: Axes, grid: Grid, policy: np.ndarray) -> None:
-    """The mean move in each cell: long where the policy is sure, short where it wavers."""
-    mean = policy @ MOVES  # [S, 2], (row, column)
-    panel.quiver(
-        grid.cells[:, 1],
-        grid.cells[:, 0],
-        mean[:, 1],
-        mean[:, 0],
-        angles="xy",
-        scale_units="xy",
-        scale=1.35,
-        pivot="mid",
-        width=0.006,
-        color="#10243e",
-    )
-
-
-def _mark(panel: Axes, grid: Grid, problem: Any, context: int) -> None:
-    """Name the cells that the problem names: at_goal [C, S], at_target [S], initial [S]."""
-    marks = {
-        "G": np.asarray(problem.at_goal)[context] if hasattr(problem, "at_goal") else None,
-        "T": np.asarray(problem.at_target) if hasattr(problem, "at_target") else None,
-        "S": np.asarray(problem.initial) == 1 if hasattr(problem, "initial") else None,
-    }
-    for letter, where in marks.items():
-        for state in [] if where is None else np.flatnonzero(where):
-            row, column = grid.cells[state]
-            box = {"boxstyle": "circle,pad=0.18", "fc": "white", "ec": "#0072b2", "lw": 1.2}
-            panel.text(column, row, letter, ha="center", va="center", fontsize=9, weight="bold", bbox=box)

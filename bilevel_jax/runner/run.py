@@ -220,9 +220,13 @@ def _write_results(
 
 
 def _flat(name: str, tree: Any) -> dict[str, np.ndarray]:
-    """A pytree as arrays named by their path: x, or x/weights for {"weights": ...}."""
+    return dict(zip(flat_names(name, tree)[0], jax.tree.leaves(tree), strict=True))
+
+
+def flat_names(name: str, tree: Any) -> tuple[list[str], Any]:
+    """The names of a pytree's leaves in final.npz, x or x/weights for {"weights": ...}, and its structure."""
 
     def label(path: tuple[Any, ...]) -> str:
         return "/".join([name, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
 
-    return {label(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return [label(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)], jax.tree.structure(tree)

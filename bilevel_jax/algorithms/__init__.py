@@ -1,5 +1,6 @@
 """Algorithms for the upper level. Each is a pair: init(key, x) -> state, step(key, state) -> (state, info)."""
 
+from bilevel_jax.algorithms.amd import amd
 from bilevel_jax.algorithms.bc_hg import bc_hg
 from bilevel_jax.algorithms.hpgd import hpgd
 from bilevel_jax.algorithms.implicit import implicit
@@ -16,6 +17,7 @@ __all__ = [
     "Reuse",
     "StocSchedule",
     "UpperLevel",
+    "amd",
     "bc_hg",
     "hpgd",
     "implicit",

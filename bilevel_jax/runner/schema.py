@@ -88,17 +88,19 @@ class NeumannSection:
     terms: Count = 50
 
 
+Lower = Annotated[ValueIterationSection | PolicyIterationSection | AutoSection, Field(discriminator="name")]
+Adjoint = Annotated[
+    DescentSection | DirectSection | GMRESSection | BiCGStabSection | NeumannSection, Field(discriminator="name")
+]
+
+
 @dataclass(config=STRICT_KEYS, frozen=True)
 class MSoBiRLSection:
     """Algorithm: `bilevel_jax.algorithms.m_sobirl`."""
 
     name: Literal["m_sobirl"] = "m_sobirl"
-    lower: Annotated[ValueIterationSection | PolicyIterationSection | AutoSection, Field(discriminator="name")] = (
-        dataclasses.field(default_factory=PolicyIterationSection)
-    )
-    adjoint: Annotated[
-        DescentSection | DirectSection | GMRESSection | BiCGStabSection | NeumannSection, Field(discriminator="name")
-    ] = dataclasses.field(default_factory=DirectSection)
+    lower: Lower = dataclasses.field(default_factory=PolicyIterationSection)
+    adjoint: Adjoint = dataclasses.field(default_factory=DirectSection)
 
 
 @dataclass(config=STRICT_KEYS, frozen=True)
@@ -117,6 +119,15 @@ class AdamSection:
     name: Literal["adam"] = "adam"
     learning_rate: Positive = 0.05
     clip_norm: Positive | None = None
+
+
+@dataclass(config=STRICT_KEYS, frozen=True)
+class LBFGSSection:
+    """Optimizer: L-BFGS with a zoom line search, for methods that know phi; nothing to tune."""
+
+    name: Literal["lbfgs"] = "lbfgs"
+    memory_size: Count = 10
+    line_search_steps: Count = 20
 
 
 @dataclass(config=STRICT_KEYS, frozen=True)

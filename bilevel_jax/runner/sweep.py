@@ -1,33 +1,16 @@
 """The runs of a sweep as one vmapped, jitted program, cut into chunks that fit a memory limit."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import bilevel_jax as bj
 from bilevel_jax.errors import InputError
 from bilevel_jax.runner.config import Config
-
-LOWER = {
-    # M-SoBiRL's own: the last T V as it is.
-    "value_iteration": functools.partial(bj.ValueIteration, centred=False),
-    "policy_iteration": bj.PolicyIteration,
-    "auto": bj.Auto,
-}
-ADJOINT = {
-    "descent": bj.Descent,
-    "direct": bj.Direct,
-    "gmres": bj.GMRES,
-    "bicgstab": bj.BiCGStab,
-    "neumann": bj.Neumann,
-}
-OPTIMIZER = {"sgd": optax.sgd, "adam": optax.adam}
+from bilevel_jax.runner.parts import ADJOINT, LOWER, build_optimizer, named, with_numbers
 
 Numbers = dict[str, jax.Array]
 
@@ -77,26 +60,6 @@ def build_problem(section: dict[str, Any]) -> Any:
     return bj.problems.make(section["name"], **{k: v for k, v in section.items() if k != "name"})
 
 
-def _named(table: dict[str, Callable], section: dict[str, Any]) -> Any:
-    return table[section["name"]](**{k: v for k, v in section.items() if k != "name"})
-
-
-def _optimizer_numbers(section: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in section.items() if k != "name" and v is not None}
-
-
-def _optimizer(section: dict[str, Any]) -> optax.GradientTransformation:
-    """The optimizer with its numbers as leaves of its state, `hyperparams`."""
-    rule = OPTIMIZER[section["name"]]
-
-    def make(learning_rate: Any, clip_norm: Any = None) -> optax.GradientTransformation:
-        if clip_norm is None:
-            return rule(learning_rate)
-        return optax.chain(optax.clip_by_global_norm(clip_norm), rule(learning_rate))
-
-    return optax.inject_hyperparams(make)(**_optimizer_numbers(section))
-
-
 class Program:
     """The three compiled pieces of a config, each vmapped over the runs of a chunk.
 
@@ -108,7 +71,7 @@ class Program:
     def __init__(self, config: Config):
         self._config = config
         # One optimizer for all runs; which of its numbers exist may depend on what is swept.
-        self._optimizer = _optimizer(config.at(config.grid[0])["optimizer"])
+        self._optimizer = build_optimizer(config.at(config.grid[0])["optimizer"])
         self.start = jax.jit(jax.vmap(self._start))
         self.finish = jax.jit(jax.vmap(self._finish))
         self.advance: Callable[[Numbers, Progress, Any], tuple[Progress, Record]] = jax.jit(
@@ -161,8 +124,8 @@ class Program:
         return values, bj.algorithms.m_sobirl(
             build_problem(values["problem"]),
             self._optimizer,
-            lower=_named(LOWER, section["lower"]),
-            adjoint=_named(ADJOINT, section["adjoint"]),
+            lower=named(LOWER, section["lower"]),
+            adjoint=named(ADJOINT, section["adjoint"]),
         )
 
     def _start(self, numbers: Numbers) -> Progress:
@@ -170,13 +133,7 @@ class Program:
         key = jax.random.key(numbers["seed"])
         problem: Any = algorithm.problem
         state = algorithm.init(key, problem.start(key))
-        hyperparams = jax.tree.map(
-            lambda old, new: jnp.asarray(new, old.dtype),
-            state.optimizer_state.hyperparams,
-            _optimizer_numbers(values["optimizer"]),
-        )
-        optimizer_state = state.optimizer_state._replace(hyperparams=hyperparams)
-        state = eqx.tree_at(lambda s: s.optimizer_state, state, optimizer_state)
+        state = with_numbers(state, values["optimizer"])
         return Progress(state, jnp.asarray(jnp.inf, state.solution.value.dtype), state.x)
 
     def _advance(self, numbers: Numbers, progress: Progress, steps: jax.Array) -> tuple[Progress, Record]:

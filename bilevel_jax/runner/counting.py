@@ -1,0 +1,62 @@
+"""How many lower-level transitions an iteration of an algorithm looks at: the budget that all methods share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bilevel_jax as bj
+from bilevel_jax.adjoint import LinearSolver, default_linear_solver
+from bilevel_jax.solvers import Solver
+
+
+def sampled_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
+    """Steps of the simulator, as the iteration reports them. What an exact agent solves is not counted."""
+    del algorithm, state
+    return info.environment_steps
+
+
+def model_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
+    """Transitions that an iteration which knows the model looks at, `state` the one after it.
+
+    A Bellman sweep, a product with a policy's transitions and a step of the adjoint each look at every pair
+    of every context once: contexts S A transitions. The hyper-gradient formula is one more sweep, a
+    factorization as many as have its operations, see `factorization_sweeps`. Each trial point of a line
+    search solves for a value and a slope of its own and counts as much as the iteration's hyper-gradient.
+    The objective's own work is not counted.
+    """
+    mdp = jax.eval_shape(algorithm.problem.mdp, state.x)
+    lower, adjoint = solvers_of(algorithm)
+    stats = info.lower_stats
+    product = product_sweeps(lower.resolve(mdp), mdp)
+    sweeps = jnp.sum(stats.steps + product * stats.products) + 1
+    if info.adjoint_stats is not None:
+        sweeps += jnp.sum(solve_sweeps(adjoint, mdp) * info.adjoint_stats.steps)
+    trials = optax.tree_utils.tree_get(state.optimizer_state, "num_linesearch_steps")
+    repeats = 1 if trials is None else 1 + trials
+    return sweeps * repeats * (mdp.num_states * mdp.num_actions)
+
+
+def solvers_of(algorithm: Any) -> tuple[Solver, LinearSolver | None]:
+    """Lower-level solver and linear solver of `m_sobirl` or `implicit`; None is the default of that size."""
+    if hasattr(algorithm, "lower"):
+        return algorithm.lower, algorithm.adjoint
+    method = algorithm.method
+    return bj.Auto(method.tolerance) if method.solver is None else method.solver, method.adjoint
+
+
+def product_sweeps(solver: Any, mdp: Any) -> float:
+    """What one of a solver's products costs, in sweeps: policy iteration counts each of its linear solves' steps."""
+    return solve_sweeps(solver.linear_solver, mdp) if isinstance(solver, bj.PolicyIteration) else 1.0
+
+
+def solve_sweeps(solver: LinearSolver | None, mdp: Any) -> float:
+    """What one step of a linear solver costs, in sweeps; the one step of `Direct` is a factorization."""
+    solver = default_linear_solver(mdp.num_states) if solver is None else solver
+    return factorization_sweeps(mdp) if isinstance(solver, bj.Direct) else 1.0
+
+
+def factorization_sweeps(mdp: Any) -> float:
+    """2/3 S^3 operations of an LU factorization over the 2 S A K of a sweep with K successors a pair."""
+    return mdp.num_states**2 / (3 * mdp.num_actions * mdp.transition.terms)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from scipy.special import logsumexp, softmax
 
 import bilevel_jax as bj
 from bilevel_jax.problems.grid import dynamics, parse_map
+from bilevel_jax.runner.pictures import picture
 
 KEY = jax.random.key(0)
 # Small enough to be quick, where the defaults are not.
@@ -25,17 +27,11 @@ def make(name, **options):
     return bj.problems.make(name, **(OPTIONS.get(name, {}) | options))
 
 
-def test_names_are_sorted_and_complete():
-    assert bj.problems.names() == (
-        "four_rooms",
-        "garnet",
-        "multi_follower",
-        "reward_shaping",
-        "stackelberg",
-        "synthetic",
-        "tabular_rlhf",
-        "tax_design",
-    )
+def test_names_are_those_of_the_files():
+    folder = Path(bj.problems.__file__).parent
+    files = [path.stem for path in sorted(folder.glob("*.py")) if re.search(r"^register\(", path.read_text(), re.M)]
+    assert len(files) >= 8
+    assert list(bj.problems.names()) == files
 
 
 @pytest.mark.parametrize("name", bj.problems.names())
@@ -61,6 +57,9 @@ class TestEveryProblem:
         regularizer.validate()
         solution = bj.check(bj.solve(mdp, regularizer))
         assert problem.objective(x, solution).shape == ()
+        figure = picture(problem, x, solution, name)
+        figure.draw_without_rendering()
+        assert len([axes for axes in figure.axes if axes.has_data()]) >= len(problem.panels(x, solution))
 
     def test_is_a_pytree(self, name):
         problem = make(name)

@@ -17,27 +17,28 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.problems.grid import Grid, dynamics, parse_map
+from bilevel_jax.problems.options import as_fraction
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import Transition
 from bilevel_jax.validation import as_float, require_at_least, require_finite
 
-MAP = """
-xxxxxxxxxxxxx
-x     x     x
-x     x     x
-x           x
-x     x     x
-x     x     x
-xx xxxx     x
-x     xxx xxx
-x     x     x
-x     x     x
-x           x
-x     x     x
-xxxxxxxxxxxxx
-"""
+ROWS = (
+    "xxxxxxxxxxxxx",
+    "x     x  g  x",
+    "x     x     x",
+    "x     d     x",
+    "xs    x     x",
+    "x     x     x",
+    "xxdxxxx     x",
+    "x     xxxdxxx",
+    "x   t x     x",
+    "x     x     x",
+    "x     d     x",
+    "x     x    gx",
+    "xxxxxxxxxxxxx",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +50,13 @@ class FourRoomsOptions:
     discount: of the agent and of the designer.
     max_penalty: total penalty that the designer can distribute, in units of the goal's reward.
     slip: probability that another move than the chosen one is made (0.33 * 4 / 3).
-    goals: (row, column) of the goal in each context.
-    origin: (row, column) where the agent starts.
-    target: (row, column) of the cell that the designer likes.
+    rows: of the map: x is a wall, s the start, g a goal (a context each), t the cell that the designer likes, d a
+      door; all else is free.
+    penalties: "cells", each can have one; or "doors", only they can.
+    closed: probability that a door is closed when the agent moves to it, which then stays where it was.
+    goals: (row, column) of the goal in each context, instead of the letters.
+    origin: (row, column) where the agent starts, instead of the letter.
+    target: (row, column) of the cell that the designer likes, instead of the letter.
     transition: "dense", "successor" or "stencil", how the dynamics are stored.
     horizon: steps of a sampled trajectory (published: 200).
     """
@@ -61,20 +66,30 @@ class FourRoomsOptions:
     discount: float = 0.99
     max_penalty: float = 0.2
     slip: float = 0.44
-    goals: tuple[tuple[int, int], ...] = ((1, 9), (11, 11))
-    origin: tuple[int, int] = (4, 1)
-    target: tuple[int, int] = (8, 4)
+    rows: tuple[str, ...] = ROWS
+    penalties: str = "cells"
+    closed: float = 0.0
+    goals: tuple[tuple[int, int], ...] | None = None
+    origin: tuple[int, int] | None = None
+    target: tuple[int, int] | None = None
     transition: str = "dense"
     horizon: int = 200
 
 
 class FourRooms(eqx.Module):
-    """The problem. The upper variable is w[n_cells + 1], cells in row-major order, then a spare one.
+    """The problem. The upper variable is w[n + 1], the n cells with a penalty in row-major order, then a spare one.
 
     penalty[c] = -max_penalty * softmax(w)[c]: the agent pays it for acting in cell c, except at its
     goal. Acting at the goal pays 1 and ends the episode (discount 0 there). The designer maximises the
     discounted sum of 1 in the target cell and -beta * sum_c |penalty[c]| at the goal. Sampled, a
     trajectory is cut after `horizon` steps.
+
+    The authors' code also has penalties in the corridors alone and doors there that are found closed with
+    a probability of their own, drawn at every step; the paper's results have neither. Here `penalties`
+    and `closed` are these two, with one probability for all doors, which are the cells marked d.
+
+    Raises:
+      InputError: a map without start, goal, target or, where they are asked for, doors; or a number out of range.
     """
 
     transition: Transition
@@ -84,14 +99,20 @@ class FourRooms(eqx.Module):
     max_penalty: jax.Array
     at_goal: jax.Array  # bool [C, S]
     at_target: jax.Array  # bool [S]
+    place: jax.Array  # int32 [n], the states with a penalty
     initial: jax.Array  # [S]
     environment: TabularEnvironment
     horizon: int = eqx.field(static=True)
+    rows: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, options: FourRoomsOptions):
+        self.rows = options.rows
         grid = self.grid
-        states = len(grid.cells)
-        self.transition = dynamics(grid, options.slip, options.transition)
+        doors = grid.marked("d")
+        closed = as_fraction(options, "closed", "0 leaves the doors open")
+        always_open = not isinstance(options.closed, jax.Array) and options.closed == 0
+        entry = None if always_open else jnp.where(doors, 1 - closed, 1)
+        self.transition = dynamics(grid, options.slip, options.transition, entry)
         self.temperature = ShannonEntropy(options.temperature).temperature
         self.beta = as_float("beta", options.beta, float)
         self.discount = jnp.asarray(options.discount, float)
@@ -99,15 +120,17 @@ class FourRooms(eqx.Module):
         require_finite("beta", self.beta)
         require_finite("max_penalty", self.max_penalty)
         require_at_least("max_penalty", self.max_penalty, 0, "0 leaves the designer nothing to distribute")
-        if not options.goals:
-            raise InputError("goals: give at least one (row, column)")
-        goals = np.array([grid.state("goals", goal) for goal in options.goals])
-        self.at_goal = jnp.asarray(np.arange(states) == goals[:, None])
-        self.at_target = jnp.asarray(np.arange(states) == grid.state("target", options.target))
-        self.initial = jnp.asarray(np.arange(states) == grid.state("origin", options.origin), float)
+        self.at_goal = jnp.asarray(_goals(grid, options))
+        self.at_target = jnp.asarray(_one(grid, "target", options.target, "t"))
+        self.initial = jnp.asarray(_one(grid, "origin", options.origin, "s"), float)
+        if options.penalties not in ("cells", "doors"):
+            raise InputError(f"penalties: expected 'cells' or 'doors', got {options.penalties!r}")
+        if options.penalties == "doors":
+            grid.marked("d", "door")
+        self.place = jnp.asarray(np.flatnonzero(doors | (options.penalties == "cells")), jnp.int32)
         self.horizon = options.horizon
-        mdp = self.mdp(jnp.zeros(states + 1))  # checks the discount where it is known
-        by_successor = dynamics(grid, options.slip, "successor")
+        mdp = self.mdp(jnp.zeros(self.place.size + 1))  # checks the discount where it is known
+        by_successor = dynamics(grid, options.slip, "successor", entry)
         self.environment = TabularEnvironment(mdp.replace(transition=by_successor))
 
     @property
@@ -123,15 +146,18 @@ class FourRooms(eqx.Module):
     @property
     def grid(self) -> Grid:
         """The map; `incentive(x)` is a function of its cells."""
-        return parse_map(MAP)
+        return parse_map(self.rows)
 
     def start(self, key: jax.Array) -> jax.Array:
-        """w ~ N(0, 0.01^2), [n_cells + 1]."""
-        return 0.01 * jax.random.normal(key, (self.at_target.shape[0] + 1,))
+        """w ~ N(0, 0.01^2), [n + 1]."""
+        return 0.01 * jax.random.normal(key, (self.place.size + 1,))
 
     def incentive(self, x: jax.Array) -> jax.Array:
-        """The penalty of each cell, [n_cells], at most 0."""
-        return -self.max_penalty * jax.nn.softmax(x)[:-1]
+        """The penalty of each cell, [S], at most 0."""
+        penalty = -self.max_penalty * jax.nn.softmax(x)[:-1]
+        if self.place.size == self.at_target.size:  # every cell
+            return penalty
+        return jnp.zeros(self.at_target.shape, penalty.dtype).at[self.place].set(penalty)
 
     def mdp(self, x):
         ends = self.at_goal[..., None]
@@ -179,6 +205,22 @@ class FourRooms(eqx.Module):
         shape = (*self.at_goal.shape, self.transition.shape[-1])
         discount = jnp.where(self.at_goal, 0, self.discount)[..., None]
         return MDP(self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(discount, shape), self.initial)
+
+
+def _goals(grid: Grid, options: FourRoomsOptions) -> np.ndarray:
+    """The goal of each context, bool [C, S]."""
+    if options.goals is None:
+        return np.eye(len(grid.cells), dtype=bool)[grid.marked("g", "goal")]
+    if not options.goals:
+        raise InputError("goals: give at least one (row, column)")
+    return np.arange(len(grid.cells)) == np.array([[grid.state("goals", goal)] for goal in options.goals])
+
+
+def _one(grid: Grid, name: str, cell: tuple[int, int] | None, letter: str) -> np.ndarray:
+    """A cell by its place or, without one, by its letter; bool [S]."""
+    if cell is None:
+        return grid.marked(letter, name, once=True)
+    return np.arange(len(grid.cells)) == grid.state(name, cell)
 
 
 register("four_rooms", FourRoomsOptions, FourRooms)

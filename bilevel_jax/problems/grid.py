@@ -80,26 +80,52 @@ def parse_map(rows: str | Sequence[str]) -> Grid:
     return Grid(walls, np.argwhere(~walls), letters[~walls])
 
 
-def dynamics(grid: Grid, slip: jax.Array | float, kind: str) -> Transition:
+def dynamics(grid: Grid, slip: jax.Array | float, kind: str, entry: jax.Array | None = None) -> Transition:
     """The chosen move with probability 1 - slip, each other one with slip / 3; `kind` dense, successor or stencil.
 
     A stencil is one of moves and staying on a map without walls inside, and on others as many bands as
     the moves have offsets in the list of cells.
 
+    Args:
+      entry: [S], see `move_lists`.
+
     Raises:
       InputError: a kind that does not exist, a slip outside [0, 1) (where it is known), or a map with too
         many offsets for a stencil.
     """
-    slip = as_float("slip", slip)
-    require_fraction("slip", slip, "0 is none, 0.75 a random move")
-    destination = jnp.asarray(grid.moves(), jnp.int32)  # [S, 4]
-    states, actions = destination.shape
-    made = jnp.where(jnp.eye(actions, dtype=bool), 1 - slip, slip / (actions - 1))  # chosen, made
-    if kind in ("successor", "stencil"):
-        successor = jnp.broadcast_to(destination.T[:, :, None], (actions, states, actions))
-        lists = SuccessorTransition(successor, jnp.broadcast_to(made.T[:, None, :], successor.shape))
-        return lists if kind == "successor" else StencilTransition.from_successors(lists, grid.shape())
+    lists = move_lists(jnp.asarray(grid.moves(), jnp.int32), slip, entry)
+    if kind == "successor":
+        return lists
+    if kind == "stencil":
+        return StencilTransition.from_successors(lists, grid.shape())
     if kind != "dense":
         raise InputError(f"transition: expected 'dense', 'successor' or 'stencil', got {kind!r}")
-    arrives = jax.nn.one_hot(destination, states, dtype=made.dtype)  # [S, made, S]
-    return DenseTransition(jnp.einsum("am,smj->saj", made, arrives))
+    state, action = np.indices(lists.shape)
+    kernel = jnp.zeros((*lists.shape, len(grid.cells)), lists.dtype)
+    return DenseTransition(kernel.at[state, action, lists.successor].add(lists.probability))
+
+
+def move_lists(moves: jax.Array, slip: jax.Array | float, entry: jax.Array | None = None) -> SuccessorTransition:
+    """The chosen move with probability 1 - slip, each other one with equal shares of slip; differentiable.
+
+    Args:
+      moves: where each leads, int32[S, A].
+      entry: [S], the probability that whoever moves to a cell gets in, and does not stay where it was. It is
+        drawn anew with every move. None is 1 everywhere.
+
+    Raises:
+      InputError: a slip outside [0, 1) (where it is known).
+    """
+    slip = as_float("slip", slip)
+    require_fraction("slip", slip, "0 is none, 0.75 a random move")
+    states, actions = moves.shape
+    made = jnp.where(jnp.eye(actions, dtype=bool), 1 - slip, slip / (actions - 1))  # chosen, made
+    shape = (actions, states, actions)  # made, from, chosen
+    successor = jnp.broadcast_to(moves.T[:, :, None], shape)
+    probability = jnp.broadcast_to(made.T[:, None, :], shape)
+    if entry is not None:
+        inside = probability * entry.astype(made.dtype)[successor]
+        here = jnp.broadcast_to(jnp.arange(states, dtype=jnp.int32)[:, None], shape[1:])
+        successor = jnp.concatenate([successor, here[None]])
+        probability = jnp.concatenate([inside, jnp.sum(probability - inside, 0)[None]])
+    return SuccessorTransition(successor, probability)

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from bilevel_jax.errors import InputError
@@ -16,6 +16,9 @@ from bilevel_jax.problems.panels import Curves, HeatMap, Pictured
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 WALL, ARROW, MARK = "#3a3f47", "#10243e", "#0072b2"
+SIGNED = LinearSegmentedColormap.from_list(
+    "signed", [mpl.colormaps[half](shade) for half in ("Reds_r", "Greens") for shade in np.linspace(0, 1, 128)]
+)
 HEIGHT = 3.9  # inches of a panel
 MANY = 12  # rows or columns of a table: beyond, not every one has its number
 
@@ -65,9 +68,9 @@ def _scales(panels: Sequence[Any]) -> dict[str, tuple[Colormap, Normalize]]:
         high = max(0.0, *(float(np.nanmax(v)) for v in values))
         if low < 0 < high:
             low, high = -max(-low, high), max(-low, high)
-        name = "RdYlGn" if low < 0 < high else "Reds_r" if low < 0 else "Greens"
+        colors = SIGNED if low < 0 < high else mpl.colormaps["Reds_r" if low < 0 else "Greens"]
         norm = Normalize(low, high if high > low else low + 1e-12)
-        scales[label] = (mpl.colormaps[name].with_extremes(bad=WALL), norm)
+        scales[label] = (colors.with_extremes(bad=WALL), norm)
     return scales
 
 

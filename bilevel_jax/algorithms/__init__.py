@@ -6,6 +6,7 @@ from bilevel_jax.algorithms.hpgd import hpgd
 from bilevel_jax.algorithms.implicit import implicit
 from bilevel_jax.algorithms.m_sobirl import m_sobirl
 from bilevel_jax.algorithms.naive import naive
+from bilevel_jax.algorithms.pbrl import pbrl
 from bilevel_jax.algorithms.protocol import Algorithm
 from bilevel_jax.algorithms.sobirl import Reuse, sobirl
 from bilevel_jax.algorithms.stoc_sobirl import StocSchedule, stoc_schedule, stoc_sobirl
@@ -23,6 +24,7 @@ __all__ = [
     "implicit",
     "m_sobirl",
     "naive",
+    "pbrl",
     "sobirl",
     "stoc_schedule",
     "stoc_sobirl",

@@ -78,9 +78,9 @@ class TaxDesign(eqx.Module):
     maximises the discounted sum of `welfare` over types by their shares, from assets of N(0, 2).
 
     Exactly, each period's assets are rounded to the nearest of the grid's points (Tauchen 1986): the probability of a
-    point is that of its cell under the noise, smooth in the rates, and so is everything else in x: there are no kinks.
-    The rounding is seen as further noise of variance cell^2 / 12; where cells are wider than two standard
-    deviations of the noise, drifts of assets are biased too (exp(-2 pi^2 noise^2 / cell^2), 0.7% of a cell at two).
+    point is that of its cell under the noise, smooth in the rates as everything else in x: there are no kinks. To the
+    households the rounding is more noise, of variance cell^2 / 12, and hides drifts where cells are wider than two
+    standard deviations of the noise. Welfare with 21 points (cells of two) is 2.5% off, with 41 points 0.3%.
 
     Income tax enters the dynamics, so that this is no `bilevel_jax.SampledProblem`, whose dynamics do not depend on x.
     `simulator(x)` simulates the economy at given rates, with rounded or with continuous assets.

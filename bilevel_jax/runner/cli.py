@@ -1,4 +1,4 @@
-"""The command line: bilevel-jax run | study | list | plot."""
+"""The command line: bilevel-jax run | compare | report | study | list | plot."""
 
 import argparse
 import dataclasses
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bilevel_jax.errors import InputError
 
@@ -41,6 +42,19 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.learning_rate=0.1")
     run.add_argument("--out", type=Path, help="directory of the results; default runs/NAME-TIME")
     run.set_defaults(command=_run)
+    compare = commands.add_parser(
+        "compare", help="compare methods on problems", description="Compare methods on problems; see configs/compare/."
+    )
+    compare.add_argument("config", help="path of a YAML config")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. budget.transitions=100000")
+    compare.add_argument(
+        "--out", type=Path, help="directory of the results, where an earlier start goes on; default runs/NAME-TIME"
+    )
+    compare.set_defaults(command=_compare)
+    report = commands.add_parser("report", help="one Markdown page of several comparisons")
+    report.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="what --out of a comparison was")
+    report.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, e.g. docs/benchmarks.md")
+    report.set_defaults(command=_report)
     study = commands.add_parser("study", help="run a study", description="Run a study; see configs/studies/.")
     study.add_argument("config", help="path of a YAML config")
     study.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=3")
@@ -73,6 +87,26 @@ def _run(options: argparse.Namespace) -> None:
         print(f"  {path}")
 
 
+def _compare(options: argparse.Namespace) -> None:
+    from bilevel_jax.runner.compare.compare import compare
+    from bilevel_jax.runner.compare.config import load
+
+    comparison = load(options.config, options.overrides)
+    directory = options.out or Path("runs") / f"{comparison.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    summary = compare(comparison, directory, lambda line: print(line, flush=True))
+    print((directory / "table.md").read_text())
+    print(f"{comparison.name}: {summary['runs']} runs in {summary['seconds']:.1f} s")
+    for path in sorted(directory.iterdir()):
+        print(f"  {path}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from bilevel_jax.runner.compare.report import report
+
+    for path in report(options.directories, options.out):
+        print(path)
+
+
 def _study(options: argparse.Namespace) -> None:
     from bilevel_jax.runner.studies.study import load, run
 
@@ -86,6 +120,8 @@ def _study(options: argparse.Namespace) -> None:
 def _list(options: argparse.Namespace) -> None:
     del options
     from bilevel_jax.problems import names, spec
+    from bilevel_jax.runner.compare.config import CompareSection
+    from bilevel_jax.runner.methods import METHODS
     from bilevel_jax.runner.schema import SECTIONS, RunSection
     from bilevel_jax.runner.studies.study import STUDIES, options_of
 
@@ -98,6 +134,12 @@ def _list(options: argparse.Namespace) -> None:
         print(f"\nsection `{place}`")
         for kind in choices:
             _describe(kind().name, (kind.__doc__ or "").strip().splitlines()[0], kind)
+    print("\nmethods (list `methods` of a comparison)")
+    for name, method in METHODS.items():
+        _describe(name, method.summary, method.options)
+        print(f"      optimizer = {' | '.join(method.optimizers)}")
+    print("\nkeys at the top of a comparison, beside the lists `problems` and `methods`")
+    _describe("config", (CompareSection.__doc__ or "").strip().splitlines()[0], CompareSection)
     print("\nstudies (key `study`)")
     for name in STUDIES:
         kind = options_of(name)
@@ -107,8 +149,13 @@ def _list(options: argparse.Namespace) -> None:
 def _describe(name: str, summary: str, kind: type) -> None:
     print(f"  {name}: {summary}")
     for field in dataclasses.fields(kind):
-        if field.name != "name" and field.default is not dataclasses.MISSING:
+        if field.name == "name":
+            continue
+        if field.default is not dataclasses.MISSING:
             print(f"      {field.name} = {field.default}")
+        elif field.default_factory is not dataclasses.MISSING:
+            made: Any = field.default_factory()
+            print(f"      {field.name} = {getattr(made, 'name', made)}")
 
 
 def _plot(options: argparse.Namespace) -> None:

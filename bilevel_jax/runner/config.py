@@ -181,16 +181,28 @@ def _split(key: str) -> list[str]:
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = _split(key)
+    place: Any = values
     for parent in parents:
-        if not isinstance(values.get(parent), dict):
-            values[parent] = {}
-        values = values[parent]
-    values[last] = value
+        if _is_entry(place, parent):
+            place = place[int(parent)]
+            continue
+        if not isinstance(place.get(parent), dict | list):
+            place[parent] = {}
+        place = place[parent]
+    place[int(last) if _is_entry(place, last) else last] = value
+
+
+def _is_entry(place: Any, key: str) -> bool:
+    """Whether a part of a key is the place in a list."""
+    if not isinstance(place, list):
+        return False
+    if not (key.isdecimal() and int(key) < len(place)):
+        raise InputError(f"{key}: expected a place from 0 to {len(place) - 1} in a list")
+    return True
 
 
 def _check(raw: dict[str, Any], source: Source) -> dict[str, Any]:
-    values = _check_types(raw, source)
-    _check_numbers(values, source)
+    values = _checked(raw, source)
     known = sweepable(values)
     for key, points in values["sweep"].items():
         if key not in known:
@@ -202,26 +214,48 @@ def _check(raw: dict[str, Any], source: Source) -> dict[str, Any]:
     return values
 
 
+def _checked(raw: dict[str, Any], source: Source) -> dict[str, Any]:
+    values = _check_types(raw, source)
+    require_makeable(values["problem"], "problem", values["precision"], source)
+    return values
+
+
 def _check_types(raw: dict[str, Any], source: Source) -> dict[str, Any]:
-    problem: Any = raw.get("problem")
-    if not isinstance(problem, dict) or not isinstance(problem.get("name"), str):
-        raise source.error("problem", f"give the section a name, one of {', '.join(registry.names())}")
-    if problem["name"] not in registry.names():
-        hint = registry.nearest(problem["name"], registry.names())
-        raise source.error(
-            "problem.name", f"no problem {problem['name']!r}{hint}; valid: {', '.join(registry.names())}"
-        )
-    options_type = pydantic_dataclass(registry.spec(problem["name"]).options, config=STRICT_KEYS, frozen=True)
-    options = {key: value for key, value in problem.items() if key != "name"}
     rest = {key: value for key, value in raw.items() if key != "problem"}
     return {
-        "problem": {"name": problem["name"], **validated(options_type, options, "problem", source)},
-        **validated(RunSection, rest, "", source),
+        "problem": checked_problem(raw.get("problem"), "problem", source),
+        **validated(RunSection, rest, "", source, ("problem",)),
     }
 
 
-def validated(kind: type, data: dict[str, Any], prefix: str, source: Source) -> dict[str, Any]:
-    """The data with every default of a pydantic dataclass filled in. Raises InputError that names the key."""
+def checked_problem(section: Any, place: str, source: Source, beside: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A problem's section with every default filled in. Raises InputError for unknown names and keys, wrong types.
+
+    `beside`: keys that are valid too, and are read by someone else.
+    """
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        raise source.error(place, f"give the section a name, one of {', '.join(registry.names())}")
+    name = section["name"]
+    require_name(name, registry.names(), "problem", place, source)
+    options_type = pydantic_dataclass(registry.spec(name).options, config=STRICT_KEYS, frozen=True)
+    options = {key: value for key, value in section.items() if key not in ("name", *beside)}
+    return {"name": name, **validated(options_type, options, place, source, beside)}
+
+
+def require_name(name: str, known: typing.Iterable[str], what: str, place: str, source: Source) -> None:
+    """Raise InputError, with the nearest one, if a section's name is not known."""
+    if name not in known:
+        hint = registry.nearest(name, known)
+        raise source.error(f"{place}.name", f"no {what} {name!r}{hint}; valid: {', '.join(known)}")
+
+
+def validated(
+    kind: type, data: dict[str, Any], prefix: str, source: Source, beside: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The data with every default of a pydantic dataclass filled in. Raises InputError that names the key.
+
+    `beside`: keys of the same section that are read by someone else.
+    """
     adapter = pydantic.TypeAdapter(kind)
     try:
         values = adapter.dump_python(adapter.validate_python(data), mode="json")
@@ -232,11 +266,11 @@ def validated(kind: type, data: dict[str, Any], prefix: str, source: Source) -> 
         parts = _without_tags(first["loc"], data)
         key = ".".join([*([prefix] if prefix else []), *parts])
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            known = _known_keys(kind, data, parts[:-1], top=not prefix)
+            known = _known_keys(kind, data, parts[:-1], beside)
             hint = registry.nearest(parts[-1], known)
             raise source.error(key, f"unknown key{hint}; valid: {', '.join(known)}") from None
         if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-            valid = [kind().name for kind in SECTIONS[key]]
+            valid = [choice().name for choice in typing.get_args(_hint_at(kind, data, parts))]
             name = first["input"].get("name")
             hint = registry.nearest(str(name), valid)
             raise source.error(f"{key}.name", f"no choice {name!r}{hint}; valid: {', '.join(valid)}") from None
@@ -268,27 +302,41 @@ def _without_tags(location: tuple[Any, ...], data: Any) -> list[str]:
     return parts
 
 
-def _known_keys(kind: Any, data: Any, parts: list[str], *, top: bool) -> list[str]:
+def _hint_at(kind: Any, data: Any, parts: list[str]) -> Any:
+    """The type that a key has in a dataclass, its section's names chosen as in the data."""
+    hint = kind
     for part in parts:
+        hint = typing.get_type_hints(_chosen(hint, data))[part]
         data = data[part]
-        hint = typing.get_type_hints(kind)[part]
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        named = [o for o in options if typing.get_type_hints(o).get("name") == typing.Literal[data.get("name")]]
-        kind = (named or list(options))[0]
-    names = [field.name for field in dataclasses.fields(kind)]
-    return ["problem", *names] if top and not parts else names
+    return hint
 
 
-def _check_numbers(values: dict[str, Any], source: Source) -> None:
-    """Values that have the right type and no meaning, such as a discount of 1: the problem says so."""
-    section = dict(values["problem"])
-    name = section.pop("name")
+def _chosen(hint: Any, data: Any) -> Any:
+    """Of several sections the one that the data names."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    named = [o for o in options if typing.get_type_hints(o).get("name") == typing.Literal[data.get("name")]]
+    return (named or list(options))[0]
+
+
+def _known_keys(kind: Any, data: Any, parts: list[str], beside: tuple[str, ...]) -> list[str]:
+    section = data
+    for part in parts:
+        section = section[part]
+    chosen = _chosen(_hint_at(kind, data, parts), section) if parts else kind
+    names = [field.name for field in dataclasses.fields(chosen)]
+    return names if parts else [*beside, *names]
+
+
+def require_makeable(section: dict[str, Any], place: str, precision: str, source: Source) -> None:
+    """Raise for values that have the right type and no meaning, such as a discount of 1: the problem says so."""
+    options = dict(section)
+    name = options.pop("name")
     try:
-        with jax.enable_x64(values["precision"] == "float64"):
-            registry.make(name, **section)
+        with jax.enable_x64(precision == "float64"):
+            registry.make(name, **options)
     except InputError as error:
-        key = next((k for k in section if str(error).startswith(k)), None)
-        raise source.error(f"problem.{key}" if key else "problem", str(error)) from None
+        key = next((k for k in options if str(error).startswith(k)), None)
+        raise source.error(f"{place}.{key}" if key else place, str(error)) from None
 
 
 def _check_point(raw: dict[str, Any], key: str, point: Any, source: Source) -> None:
@@ -296,7 +344,7 @@ def _check_point(raw: dict[str, Any], key: str, point: Any, source: Source) -> N
     trial["sweep"] = {}
     _set(trial, key, point)
     try:
-        _check_numbers(_check_types(trial, source), source)
+        _checked(trial, source)
     except InputError as error:
         raise source.error(f"sweep.{key}", f"{point!r} is not valid: {error}") from None
 
@@ -313,7 +361,7 @@ def sweepable(values: dict[str, Any]) -> list[str]:
     }
     for place, kind in sections.items():
         hints = typing.get_type_hints(kind)
-        keys += [f"{place}.{name}" for name, hint in hints.items() if _is_float(hint) or _is_seed(name)]
+        keys += [f"{place}.{name}" for name, hint in hints.items() if is_float(hint) or _is_seed(name)]
     return keys
 
 
@@ -321,7 +369,8 @@ def _is_seed(key: str) -> bool:
     return key.split(".")[-1] == "seed"
 
 
-def _is_float(hint: Any) -> bool:
+def is_float(hint: Any) -> bool:
+    """Whether a key takes a number that may be swept."""
     return hint is float or float in [a for a in typing.get_args(hint) if isinstance(a, type)]
 
 

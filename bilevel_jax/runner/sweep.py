@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel_jax as bj
-from bilevel_jax.errors import InputError
+from bilevel_jax.runner.chunks import cut
 from bilevel_jax.runner.config import Config
 from bilevel_jax.runner.parts import ADJOINT, LOWER, build_optimizer, named, with_numbers
 
@@ -85,38 +85,14 @@ class Program:
           InputError: a single run does not fit.
         """
         grid = self._config.grid
-        limit = self._config.values["memory_limit_mb"] * 2**20
-        size = len(grid)
-        compiled, needed = self._compile(grid)
-        while needed > limit:
-            if size == 1:
-                raise InputError(
-                    f"memory_limit_mb: one run needs about {needed / 2**20:.3g} MiB, the limit is "
-                    f"{limit / 2**20:.3g}; raise it or choose a smaller problem"
-                )
-            size = max(1, min(size - 1, int(size * limit / needed)))
-            size = -(-len(grid) // -(-len(grid) // size))  # the same number of chunks, evenly filled
-            compiled, needed = self._compile(grid[:size])
-        self.advance = compiled
-        chunks = []
-        for first in range(0, len(grid), size):
-            runs = list(range(first, min(first + size, len(grid))))
-            padded = runs + [runs[-1]] * (size - len(runs))
-            chunks.append(Chunk(runs, _numbers([grid[i] for i in padded])))
-        return chunks
 
-    def _compile(self, points: list[dict[str, float]]) -> tuple[Any, float]:
-        """`advance` for as many runs, and the bytes that it needs, as the compiler counts them."""
-        numbers = _numbers(points)
-        compiled = (
-            jax.jit(jax.vmap(self._advance, in_axes=(0, 0, None)))
-            .lower(numbers, jax.eval_shape(self.start, numbers), jnp.asarray(1, jnp.int32))
-            .compile()
-        )
-        counts = compiled.memory_analysis()
-        if counts is None:  # some backends do not count
-            return compiled, 0.0
-        return compiled, counts.temp_size_in_bytes + counts.argument_size_in_bytes + counts.output_size_in_bytes
+        def compile_for(runs: list[int]) -> Any:
+            numbers = _numbers([grid[i] for i in runs])
+            shapes = jax.eval_shape(self.start, numbers)
+            return jax.jit(jax.vmap(self._advance, in_axes=(0, 0, None))).lower(numbers, shapes, np.int32(1)).compile()
+
+        self.advance, cuts = cut(range(len(grid)), self._config.values["memory_limit_mb"], compile_for)
+        return [Chunk(runs, _numbers([grid[i] for i in padded])) for runs, padded in cuts]
 
     def _algorithm(self, numbers: Numbers):
         values = self._config.at(numbers)

@@ -1,0 +1,1 @@
+"""`bilevel-jax compare`: methods on problems over seeds, tuned and drawn."""

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import central_difference, conjugate_numpy, densify
-from scipy.special import softmax
+from helpers import central_difference, densify
+from scipy.special import logsumexp, softmax
 
 import bilevel_jax as bj
 
@@ -32,10 +32,11 @@ def leader_return(problem, mixture):
         np.einsum("...sb,bsa->...sa", mixture, np.asarray(reward))
         for reward in (problem.leader_reward, problem.follower_reward)
     )
-    value = np.zeros(other.shape[:-1])
+    value, q, cold = np.zeros(other.shape[:-1]), other, float(problem.temperature)
     for _ in range(int(np.log(1e-16) / np.log(float(problem.discount)))):
         q = other + float(problem.discount) * np.einsum("...saj,...j->...sa", transition, value)
-        value, policy = conjugate_numpy("shannon", q, float(problem.temperature), None)
+        value = cold * logsumexp(q / cold, -1)
+    policy = softmax(q / cold, -1)
     flow = np.einsum("...sa,...saj->...sj", policy, transition)
     system = np.eye(value.shape[-1]) - float(problem.leader_discount) * flow
     return np.linalg.solve(system, (policy * mine).sum(-1)[..., None])[..., 0].mean(-1)

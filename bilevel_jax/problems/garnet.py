@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.environments import TabularEnvironment
-from bilevel_jax.errors import InputError
 from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
+from bilevel_jax.problems.options import require_seed, require_size
 from bilevel_jax.problems.panels import pair_panel
+from bilevel_jax.problems.random_process import random_successors
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition
-
-MOST = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,19 +58,13 @@ class Garnet(eqx.Module):
     horizon: int = eqx.field(static=True)
 
     def __init__(self, options: GarnetOptions):
-        for name in ("states", "actions", "branching", "horizon"):
-            if not 1 <= getattr(options, name) <= MOST:
-                raise InputError(f"{name} must be from 1 to {MOST}, got {getattr(options, name)}")
-        if options.branching > options.states:
-            raise InputError(f"branching must be at most the {options.states} states, got {options.branching}")
-        if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
-            raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
+        for name in ("states", "actions", "horizon"):
+            require_size(options, name)
+        require_size(options, "branching", most=options.states, why="the number of states")
+        require_seed(options)
         pairs = (options.states, options.actions)
         keys = jax.random.split(jax.random.key(options.seed), 4)
-        order = jnp.argsort(jax.random.uniform(keys[0], (*pairs, options.states)), -1)
-        weight = jax.random.exponential(keys[1], (options.branching, *pairs)) + 1e-3
-        successor = jnp.moveaxis(order[..., : options.branching], -1, 0)
-        self.transition = SuccessorTransition(successor, weight / jnp.sum(weight, 0))
+        self.transition = SuccessorTransition(*random_successors(keys[:2], pairs, options.states, options.branching))
         self.base = jax.random.normal(keys[2], pairs)
         self.cost = jax.random.normal(keys[3], pairs)
         self.discount = jnp.asarray(options.discount, float)

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.validation import (
@@ -21,7 +22,7 @@ MOST = 10_000
 def require_size(options: Any, name: str, *, least: int = 1, most: int = MOST, why: str = "") -> None:
     """Raise InputError if the option is no whole number from `least` to `most`; `why` explains the limits."""
     size = getattr(options, name)
-    if not isinstance(size, int) or not least <= size <= most:
+    if not isinstance(size, int | np.integer) or not least <= size <= most:
         raise InputError(f"{name} must be a whole number from {least} to {most}{why and f' ({why})'}, got {size!r}")
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
+from bilevel_jax.problems.options import require_seed
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
@@ -73,8 +74,7 @@ def synthetic(options: SyntheticOptions) -> Synthetic:
         if not least <= size <= MOST:
             limit = f"at least {least}" if size < least else f"at most {MOST}"
             raise InputError(f"{name} must be {limit}, got {size}")
-    if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
-        raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
+    require_seed(options)
     shape = (options.states, options.actions)
     keys = jax.random.split(jax.random.key(options.seed), 5)
     count = jax.random.randint(keys[0], (*shape, 1), 1, options.states)

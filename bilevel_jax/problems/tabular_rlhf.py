@@ -19,6 +19,7 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.preferences import Teacher, log_likelihood, segment_return
+from bilevel_jax.problems.options import require_seed
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import KLDivergence, ShannonEntropy
@@ -233,8 +234,7 @@ def _check_sizes(options: TabularRLHFOptions) -> None:
     for name, valid in (("regularizer", ("entropy", "kl")), ("labels", ("expected", "sampled"))):
         if getattr(options, name) not in valid:
             raise InputError(f"{name}: expected {valid[0]!r} or {valid[1]!r}, got {getattr(options, name)!r}")
-    if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
-        raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
+    require_seed(options)
     count = options.starts * options.actions * (options.actions * options.branching) ** (options.length - 1)
     if count > MOST_SEGMENTS:
         raise InputError(

@@ -28,14 +28,42 @@ def model_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
     """
     mdp = jax.eval_shape(algorithm.problem.mdp, state.x)
     lower, adjoint = solvers_of(algorithm)
-    stats = info.lower_stats
-    product = product_sweeps(lower.resolve(mdp), mdp)
-    sweeps = jnp.sum(stats.steps + product * stats.products) + 1
+    sweeps = _lower_sweeps(lower, mdp, info) + 1
     if info.adjoint_stats is not None:
         sweeps += jnp.sum(solve_sweeps(adjoint, mdp) * info.adjoint_stats.steps)
     trials = optax.tree_utils.tree_get(state.optimizer_state, "num_linesearch_steps")
     repeats = 1 if trials is None else 1 + trials
     return sweeps * repeats * (mdp.num_states * mdp.num_actions)
+
+
+def amd_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
+    """Transitions that an iteration of `amd` looks at: each sweep is one of V and one of every entry of dV/dx."""
+    del info
+    mdp = jax.eval_shape(algorithm.problem.mdp, state.x)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(state.x))
+    return jnp.asarray(float(algorithm.sweeps * (1 + entries) * mdp.reward.size))
+
+
+def pbrl_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
+    """Transitions that an iteration of `pbrl` looks at: the inner policy's solve, and evaluations of policies.
+
+    A step of the penalized policy evaluates it and the inner one, and finds its visits where the penalty is of
+    values; the gradient in x evaluates both once more. An evaluation is a factorization where that is the default,
+    else as many products as the inner solve made, its own not being reported.
+    """
+    mdp = jax.eval_shape(algorithm.problem.mdp, state.x)
+    evaluations = algorithm.steps * (3 if algorithm.penalty == "value" else 2) + 2
+    contexts = mdp.reward.size // (mdp.num_states * mdp.num_actions)
+    direct = isinstance(default_linear_solver(mdp.num_states), bj.Direct)
+    each = contexts * factorization_sweeps(mdp) if direct else jnp.sum(info.lower_stats.products)
+    sweeps = _lower_sweeps(algorithm.lower, mdp, info) + evaluations * each
+    return sweeps * (mdp.num_states * mdp.num_actions)
+
+
+def _lower_sweeps(solver: Solver, mdp: Any, info: Any) -> jax.Array:
+    """What the lower level's solve took, all contexts together."""
+    stats = info.lower_stats
+    return jnp.sum(stats.steps + product_sweeps(solver.resolve(mdp), mdp) * stats.products)
 
 
 def solvers_of(algorithm: Any) -> tuple[Solver, LinearSolver | None]:

@@ -14,7 +14,7 @@ import bilevel_jax as bj
 from bilevel_jax.algorithms.upper import as_upper_level
 from bilevel_jax.environments import TabularEnvironment
 from bilevel_jax.errors import InputError
-from bilevel_jax.runner.counting import model_transitions, sampled_transitions
+from bilevel_jax.runner.counting import amd_transitions, model_transitions, pbrl_transitions, sampled_transitions
 from bilevel_jax.runner.parts import ADJOINT, LOWER, named
 from bilevel_jax.runner.schema import (
     STRICT_KEYS,
@@ -83,6 +83,46 @@ class ContinuationOptions:
     start: Positive = 10.0
     steps: Positive = 200.0
     tolerance: Positive | None = None
+
+
+@dataclass(config=STRICT_KEYS, frozen=True)
+class AMDOptions:
+    """AMD, adaptive model design (Chen et al. 2022): sweeps of V and of dV/dx, forward mode.
+
+    sweeps: an iteration.
+    """
+
+    sweeps: Count = 100
+
+
+@dataclass(config=STRICT_KEYS, frozen=True)
+class PBRLOptions:
+    """PBRL, penalty-based bilevel RL (Shen, Yang and Chen 2024): x and a policy descend on one penalized function.
+
+    penalty: on values or on the Bellman equation.
+    weight: of the penalty.
+    steps: of the penalized policy an iteration.
+    rate: its step size, at most 1.
+    """
+
+    penalty: Literal["value", "bellman"] = "value"
+    weight: Positive = 100.0
+    steps: Count = 1
+    rate: Positive = 1.0
+
+
+@dataclass(config=STRICT_KEYS, frozen=True)
+class ActorCriticOptions:
+    """Two actor-critics in one loop, penalty and entropy attenuating (Zeng et al. 2026).
+
+    batch: losses an iteration and policy.
+    softness: inverse weight of the penalty at the start; it decays.
+    cost_rate: step size of the upper level's critic.
+    """
+
+    batch: Count = 10
+    softness: Positive = 0.5
+    cost_rate: Positive = 0.1
 
 
 @dataclass(config=STRICT_KEYS, frozen=True)
@@ -303,6 +343,27 @@ def _stoc_sobirl(problem, optimizer, options, transitions):
     return made(low)
 
 
+def _pbrl(problem, optimizer, options, transitions):
+    del transitions
+    return bj.algorithms.pbrl(problem, optimizer, **_section(options))
+
+
+def _amd(problem, optimizer, options, transitions):
+    del transitions
+    return bj.algorithms.amd(problem, optimizer, sweeps=options.sweeps)
+
+
+def _actor_critic(problem, optimizer, options, transitions):
+    del transitions
+    return bj.algorithms.attenuating_actor_critic(
+        problem,
+        optimizer,
+        batch=options.batch,
+        softness=bj.agents.Polynomial(options.softness, 10.0, 0.5),
+        cost_rate=options.cost_rate,
+    )
+
+
 def _from_batches(algorithm: Callable[..., Any]) -> Callable[[Any, Any, Any, int | None], Any]:
     """The builder of an algorithm that takes an agent, and its options by name."""
 
@@ -314,8 +375,8 @@ def _from_batches(algorithm: Callable[..., Any]) -> Callable[[Any, Any, Any, int
     return make
 
 
-def _model_based(options: type, make: Callable[..., Any], optimizers: tuple[str, ...] = ("adam", "sgd")) -> Method:
-    return Method(options, _needs_model, make, model_transitions, optimizers)
+def _model_based(options: type, make: Callable[..., Any], count: Any = model_transitions, **others: Any) -> Method:
+    return Method(options, _needs_model, make, count, **others)
 
 
 def _from_samples(options: type, make: Callable[..., Any], needs: Callable[..., Reason] = _needs_table) -> Method:
@@ -324,12 +385,15 @@ def _from_samples(options: type, make: Callable[..., Any], needs: Callable[..., 
 
 METHODS: dict[str, Method] = {
     "m_sobirl": _model_based(MSoBiRLOptions, _m_sobirl),
-    "implicit": _model_based(ImplicitOptions, _implicit, ("adam", "sgd", "lbfgs")),
+    "implicit": _model_based(ImplicitOptions, _implicit, optimizers=("adam", "sgd", "lbfgs")),
     "continuation": _model_based(ContinuationOptions, _continuation),
+    "amd": _model_based(AMDOptions, _amd, amd_transitions),
+    "pbrl": _model_based(PBRLOptions, _pbrl, pbrl_transitions),
     "sobirl": _from_samples(SoBiRLOptions, _sobirl, _needs_samples_for_sobirl),
     "stoc_sobirl": _from_samples(StocSoBiRLOptions, _stoc_sobirl),
     "hpgd": _from_samples(HPGDOptions, _from_batches(bj.algorithms.hpgd)),
     "bc_hg": _from_samples(BCHGOptions, _from_batches(bj.algorithms.bc_hg)),
+    "actor_critic": _from_samples(ActorCriticOptions, _actor_critic),
     "zero_order": _from_samples(ZeroOrderOptions, _from_batches(bj.algorithms.zero_order), _needs_samples),
     "naive": _from_samples(NaiveOptions, _from_batches(bj.algorithms.naive), _needs_samples),
 }

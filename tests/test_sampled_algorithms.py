@@ -12,8 +12,8 @@ from helpers import flat
 from sampled_helpers import KEY, EndingGarnet, WholeGarnet, garnet, quick_jit, require_mean, setting
 
 import bilevel_jax as bj
-from bilevel_jax.agents import Agent, ExactAgent
-from bilevel_jax.algorithms import Reuse, bc_hg, hpgd, naive, sampled, sobirl, zero_order
+from bilevel_jax.agents import ActorCritic, Agent, ExactAgent
+from bilevel_jax.algorithms import Reuse, attenuating_actor_critic, bc_hg, hpgd, naive, sampled, sobirl, zero_order
 from bilevel_jax.algorithms.stoc_sobirl import stoc_sobirl
 from bilevel_jax.estimators import (
     Exact,
@@ -72,6 +72,10 @@ ALGORITHMS = {
     "stoc_sobirl": (
         lambda problem: stoc_sobirl(problem, 125, optimizer=OPTIMIZER, agent=AGENT),
         40 * HORIZON + PAIRS * 3,
+    ),
+    "attenuating_actor_critic": (
+        lambda problem: attenuating_actor_critic(problem, OPTIMIZER, agent=ActorCritic(processes=8, steps=10), batch=8),
+        2 * (8 * 10 + BATCH * HORIZON),
     ),
 }
 
@@ -484,7 +488,7 @@ def test_input_errors(make, message):
 def test_a_loss_paid_as_a_whole():
     """Every algorithm takes it."""
     problem = garnet(WholeGarnet)
-    for name in ("hpgd", "bc_hg", "zero_order", "naive", "sobirl, one step, no baseline"):
+    for name in ("hpgd", "bc_hg", "zero_order", "naive", "sobirl, one step, no baseline", "attenuating_actor_critic"):
         algorithm = algorithm_of(name, problem)
         start = jax.eval_shape(algorithm.init, KEY, jax.ShapeDtypeStruct((5, 2), float))
         assert jax.eval_shape(algorithm.step, KEY, start)[1].objective.shape == ()

@@ -1,5 +1,6 @@
 """Lower-level agents: policies learned from a simulator, warm-started from one upper variable to the next."""
 
+from bilevel_jax.agents.actor_critic import ActorCritic
 from bilevel_jax.agents.exact import ExactAgent
 from bilevel_jax.agents.protocol import Agent, policy_gap
 from bilevel_jax.agents.sampled_policy_iteration import SampledPolicyIteration
@@ -8,6 +9,7 @@ from bilevel_jax.agents.soft_q_learning import SoftQLearning
 from bilevel_jax.agents.soft_sarsa import SoftSARSA
 
 __all__ = [
+    "ActorCritic",
     "Agent",
     "ByVisits",
     "ExactAgent",

@@ -1,6 +1,7 @@
 """Algorithms for the upper level. Each is a pair: init(key, x) -> state, step(key, state) -> (state, info)."""
 
 from bilevel_jax.algorithms.amd import amd
+from bilevel_jax.algorithms.attenuating_actor_critic import Attenuation, attenuating_actor_critic
 from bilevel_jax.algorithms.bc_hg import bc_hg
 from bilevel_jax.algorithms.hpgd import hpgd
 from bilevel_jax.algorithms.implicit import implicit
@@ -15,10 +16,12 @@ from bilevel_jax.algorithms.zero_order import zero_order
 
 __all__ = [
     "Algorithm",
+    "Attenuation",
     "Reuse",
     "StocSchedule",
     "UpperLevel",
     "amd",
+    "attenuating_actor_critic",
     "bc_hg",
     "hpgd",
     "implicit",

@@ -1,8 +1,10 @@
 """Bilevel problems by name: `make("four_rooms", beta=3.0)`, `names()`. One problem a file."""
 
 from bilevel_jax.problems import (
+    environment_design,
     four_rooms,
     garnet,
+    inverse_rl,
     multi_follower,
     reward_shaping,
     stackelberg,
@@ -14,8 +16,10 @@ from bilevel_jax.problems.registry import ProblemSpec, make, names, register, sp
 
 __all__ = [
     "ProblemSpec",
+    "environment_design",
     "four_rooms",
     "garnet",
+    "inverse_rl",
     "make",
     "multi_follower",
     "names",

@@ -86,9 +86,8 @@ def _heat_map(axes: Axes, panel: HeatMap, colors: Colormap, norm: Normalize) -> 
     if panel.arrows is not None:
         row, column = np.nonzero(np.isfinite(panel.arrows).all(-1))
         down, right = panel.arrows[row, column].T
-        axes.quiver(
-            column, row, right, down, angles="xy", scale_units="xy", scale=1.35, pivot="mid", width=0.006, color=ARROW
-        )
+        scale: Any = {"angles": "xy", "scale_units": "xy", "scale": 1.35, "pivot": "mid", "width": 0.006}
+        axes.quiver(column, row, right, down, color=ARROW, edgecolor="white", linewidth=0.4, **scale)
     for letter, (row, column) in panel.marks:
         box = {"boxstyle": "circle,pad=0.18", "fc": "white", "ec": MARK, "lw": 1.2}
         axes.text(column, row, letter, ha="center", va="center", fontsize=9, weight="bold", bbox=box)

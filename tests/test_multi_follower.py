@@ -67,6 +67,7 @@ def test_hypergradient_by_hand_and_panels():
         np.testing.assert_array_equal(policy.values, want)
 
 
+@pytest.mark.slow
 def test_one_follower_is_a_plain_problem():
     """Whose congestion is of its own occupancy; the rest is what its payments are worth, by `policy_value`."""
     problem = make(followers=1, features=4)

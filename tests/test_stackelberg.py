@@ -35,7 +35,7 @@ def leader_return(problem, mixture):
     value, q, cold = np.zeros(other.shape[:-1]), other, float(problem.temperature)
     for _ in range(int(np.log(1e-16) / np.log(float(problem.discount)))):
         q = other + float(problem.discount) * np.einsum("...saj,...j->...sa", transition, value)
-        value = cold * logsumexp(q / cold, -1)
+        value = cold * np.asarray(logsumexp(q / cold, -1))
     policy = softmax(q / cold, -1)
     flow = np.einsum("...sa,...saj->...sj", policy, transition)
     system = np.eye(value.shape[-1]) - float(problem.leader_discount) * flow

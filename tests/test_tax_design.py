@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,22 +28,38 @@ def make(**options):
     return bj.problems.make("tax_design", **options)
 
 
+class Exact(NamedTuple):
+    """What the problem is at X, and what is found there."""
+
+    rates: tuple[jax.Array, jax.Array]
+    mdp: bj.MDP
+    welfare: jax.Array  # [A]
+    saving: jax.Array  # [A]
+    made: bj.Hypergradient
+    reward: jax.Array  # the households' mean discounted one
+
+
+@jax.jit
+def at_x(problem):
+    mdp, made = problem.mdp(X), bj.hypergradient(problem, X, with_error=False)
+    reward = problem.share @ (bj.policy_value(mdp, made.solution.policy) @ mdp.initial[0])
+    return Exact(problem.rates(X), mdp, problem.welfare(X), problem.saving(X), made, reward)
+
+
 @functools.cache
-def solved(**options):
-    """Hyper-gradient at X, and the households' mean discounted reward there."""
-    problem = make(**options)
-    made = bj.check(bj.hypergradient(problem, X, with_error=False))
-    mdp = problem.mdp(X)
-    return made, float(problem.share @ (bj.policy_value(mdp, made.solution.policy) @ mdp.initial[0]))
+def exact(**options):
+    found = at_x(make(**options))
+    bj.check(found.made)
+    return found
 
 
 def test_is_the_published_economy():
     problem = make()
-    np.testing.assert_allclose(problem.rates(X)[0], INCOME)
-    np.testing.assert_allclose(problem.rates(X)[1], ADDED)
+    rates, mdp, welfare = exact()[:3]
+    np.testing.assert_allclose(rates[0], INCOME)
+    np.testing.assert_allclose(rates[1], ADDED)
     np.testing.assert_allclose(problem.rates(problem.start(KEY))[1], 0.3, atol=0.1)
     np.testing.assert_array_equal(np.column_stack([problem.hours, problem.spending]), ACTIONS)
-    mdp, welfare = problem.mdp(X), problem.welfare(X)
     assert mdp.batch_shape == (2,)
     reward = []
     for preference, assets in itertools.product([(0.6, 0.3, 0.1), (0.1, 0.7, 0.2)], np.linspace(-100, 100, 21)):
@@ -57,7 +74,7 @@ def test_is_the_published_economy():
 
 
 def test_assets_move_by_saving_and_noise():
-    mdp, grid = make().mdp(X), np.linspace(-100, 100, 21)
+    mdp, grid = exact().mdp, np.linspace(-100, 100, 21)
     edges = np.array([-np.inf, *(grid[1:] - 5), np.inf])
     saved = np.array([(1 - INCOME) * hours - sum(spent) for hours, *spent in ACTIONS])
     cells = np.diff(norm.cdf(edges, loc=(grid[:, None] + saved)[..., None], scale=5))
@@ -66,8 +83,8 @@ def test_assets_move_by_saving_and_noise():
 
 
 def test_hypergradient_has_no_kink_where_assets_cross_a_border():
-    problem, made = make(), solved()[0]
-    assert np.min(np.abs(np.asarray(problem.saving(X)) - 5)) < 1e-12
+    problem, made = make(), exact().made
+    assert np.min(np.abs(exact().saving - 5)) < 1e-12
     f = jax.jit(lambda x: problem.objective(x, bj.solve(problem.mdp(x), problem.regularizer(x))))
     for direction in np.eye(4):
         slope = central_difference(f, X, direction)[0]
@@ -83,27 +100,29 @@ def simulate(key, problem, policy, rounded, batch):
     return paid @ problem.discount ** jnp.arange(120, dtype=paid.dtype)
 
 
-def require_means(returns, made, reward, slack=0.0):
+def require_means(returns, found, slack=0.0):
     """Within 4 standard errors, and a slack relative to the exact numbers; prints what it saw."""
-    for name, each, exact in zip(("reward", "welfare"), np.asarray(returns), (reward, -made.value), strict=True):
+    expected = {"reward": float(found.reward), "welfare": -float(found.made.value)}
+    for (name, mean), each in zip(expected.items(), np.asarray(returns), strict=True):
         error = each.std() / each.size**0.5
-        print(f"{name}: {each.mean():.4f} +- {error:.4f}, exact {exact:.4f}, z {(each.mean() - exact) / error:+.2f}")
-        assert abs(each.mean() - exact) < 4 * error + slack * abs(exact)
-        assert error < 0.05 * abs(exact)  # else it could not tell
+        print(f"{name}: {each.mean():.4f} +- {error:.4f}, exact {mean:.4f}, z {(each.mean() - mean) / error:+.2f}")
+        assert abs(each.mean() - mean) < 4 * error + slack * abs(mean)
+        assert error < 0.05 * abs(mean)  # else it could not tell
 
 
 def test_simulator_with_rounded_assets_earns_the_exact_value():
     """2,000 households for 120 periods (what is cut weighs 3e-6). A false alarm for one key in 8,000."""
-    made, reward = solved()
-    require_means(simulate(KEY, make(), made.solution.policy, rounded=True, batch=2000), made, reward)
+    found = exact()
+    require_means(simulate(KEY, make(), found.made.solution.policy, rounded=True, batch=2000), found)
 
 
 @pytest.mark.slow
 def test_continuous_assets_are_the_limit_of_fine_grids():
     """4,000 households; a false alarm for one key in 8,000 if 81 points were exact, for whose error 0.5% are given."""
-    made, reward = solved(grid=81)
-    require_means(simulate(KEY, make(grid=81), made.solution.policy, rounded=False, batch=4000), made, reward, 5e-3)
-    coarse, finer = (abs(float(solved(**options)[0].value / made.value) - 1) for options in ({}, {"grid": 41}))
+    found = exact(grid=81)
+    policy = found.made.solution.policy
+    require_means(simulate(KEY, make(grid=81), policy, rounded=False, batch=4000), found, slack=5e-3)
+    coarse, finer = (abs(exact(**options).made.value / found.made.value - 1) for options in ({}, {"grid": 41}))
     assert finer < 0.004
     assert finer < coarse / 5 < 0.006  # the errors that the docstring states
 
@@ -126,7 +145,7 @@ def test_twenty_steps_of_adam_raise_welfare():
 
 
 def test_panels():
-    problem, solution = make(), solved()[0].solution
+    problem, solution = make(), exact().made.solution
     work, *goods = problem.panels(X, solution)
     assert [panel.title for panel in (work, *goods)] == [
         "work, 38% income tax",

@@ -160,11 +160,11 @@ class InverseRL(eqx.Module):
 
 def _ground(grid: Grid, options: InverseRLOptions) -> np.ndarray:
     """Which kind of ground each cell is, one-hot [S, kinds]."""
-    unknown = sorted(set(grid.letters) - set(options.grounds) - {"s"})
-    if unknown:
-        raise InputError(f"grounds: {options.grounds!r} lacks {', '.join(map(repr, unknown))} of the map; add them")
     if not options.grounds or len(set(options.grounds)) < len(options.grounds):
         raise InputError(f"grounds: expected different letters, at least one, got {options.grounds!r}")
+    unknown = sorted({str(letter) for letter in grid.letters} - set(options.grounds) - {"s"})
+    if unknown:
+        raise InputError(f"grounds: {options.grounds!r} lacks {', '.join(map(repr, unknown))} of the map; add them")
     letters = np.where(grid.letters == "s", options.grounds[0], grid.letters)
     return (letters[:, None] == np.array(list(options.grounds))).astype(float)
 

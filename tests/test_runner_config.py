@@ -119,7 +119,7 @@ def line(number: int, key: str) -> str:
 UNKNOWN_KEYS = [
     ("problem: four_rooms\nalgoritm: {}\n", [line(2, "algoritm"), "did you mean 'algorithm'", "valid: .*sweep"]),
     ("problem: four_rooms\n\niters: 3\n", [line(3, "iters"), "did you mean 'iterations'"]),
-    ("probelm: four_rooms\n", ["problem .*bad.yaml", "one of four_rooms, .*synthetic"]),
+    ("probelm: four_rooms\n", ["problem .*bad.yaml", "one of .*four_rooms, .*synthetic"]),
     (
         "problem:\n  name: four_rooms\n  temperatur: 1\n",
         [line(3, "problem.temperatur"), "did you mean 'temperature'", "valid: .*max_penalty"],
@@ -425,6 +425,7 @@ def test_defaults_are_filled_in(tmp_path):
         "precision": "float64",
         "memory_limit_mb": 4096.0,
         "sweep": {},
+        "modules": [],
     }
     assert config.grid == [{"seed": 0}]
 

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--out", type=Path, help="directory of the results; default runs/NAME-TIME")
     study.set_defaults(command=_study)
     listing = commands.add_parser("list", help="problems, algorithms and their options")
+    listing.add_argument("modules", nargs="*", metavar="MODULE", help="import these first, e.g. my_problem.py")
     listing.set_defaults(command=_list)
     plot = commands.add_parser("plot", help="draw the pictures of a finished run again")
     plot.add_argument("directory", type=Path, metavar="DIR", help="what --out was")
@@ -118,13 +119,15 @@ def _study(options: argparse.Namespace) -> None:
 
 
 def _list(options: argparse.Namespace) -> None:
-    del options
     from bilevel_jax.problems import names, spec
     from bilevel_jax.runner.compare.config import CompareSection
     from bilevel_jax.runner.methods import METHODS
+    from bilevel_jax.runner.modules import import_module
     from bilevel_jax.runner.schema import SECTIONS, RunSection
     from bilevel_jax.runner.studies.study import STUDIES, options_of
 
+    for name in options.modules:
+        import_module(name, Path())
     print("keys at the top")
     _describe("config", (RunSection.__doc__ or "").strip().splitlines()[0], RunSection)
     print("\nproblems (section `problem`)")

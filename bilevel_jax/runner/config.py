@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.problems import registry
+from bilevel_jax.runner.modules import import_module
 from bilevel_jax.runner.schema import SECTIONS, STRICT_KEYS, RunSection
 
 
@@ -46,7 +47,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
       InputError: unreadable or malformed file, unknown key, wrong type, impossible value.
     """
     raw, source = read(path, overrides, _expand_names)
-    return Config(Path(path).stem, _check(raw, source))
+    return Config(Path(path).stem, _check({**raw, "modules": source.modules}, source))
 
 
 def read(
@@ -54,14 +55,16 @@ def read(
 ) -> tuple[dict[str, Any], "Source"]:
     """A YAML file with the overrides put in, and where its keys stand. `expand` writes abbreviations out.
 
+    The key `modules`, of any config, is taken out: they are imported, and their names put into the source.
+
     Raises:
-      InputError: unreadable or malformed file or override.
+      InputError: unreadable or malformed file or override, or a module that cannot be imported.
     """
     path = Path(path)
     try:
         text = path.read_text()
         tree = yaml.compose(text, _Loader)
-        source = Source(str(path), tree, {})
+        source = Source(str(path), tree, {}, [])
         _refuse_repetition(tree, "", (), source)
         raw = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -81,6 +84,10 @@ def read(
             raise InputError(f"{override}: {value!r} is not a valid YAML value") from None
         source.overridden[key] = override
         expand(raw)
+    modules = raw.pop("modules", [])
+    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+        raise source.error("modules", f"expected a list of files or modules, got {modules!r}")
+    source.modules = [import_module(name, path.parent) for name in modules]
     return raw, source
 
 
@@ -96,6 +103,7 @@ class Source:
     path: str
     tree: yaml.Node | None
     overridden: dict[str, str]
+    modules: list[str]
 
     def where(self, key: str) -> str:
         for overridden, text in self.overridden.items():
@@ -370,8 +378,9 @@ def _is_seed(key: str) -> bool:
 
 
 def is_float(hint: Any) -> bool:
-    """Whether a key takes a number that may be swept."""
-    return hint is float or float in [a for a in typing.get_args(hint) if isinstance(a, type)]
+    """Whether a key takes a number that may be swept. A tuple of numbers is none."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
+    return hint is float or float in [a for a in choices if isinstance(a, type)]
 
 
 def _get(values: dict[str, Any], key: str) -> Any:

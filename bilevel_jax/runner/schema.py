@@ -137,6 +137,7 @@ class RunSection:
     iterations: of the upper level. record_every: iterations between two rows of the metrics.
     seed: of the start. precision: of all arrays. memory_limit_mb: a sweep is cut into chunks below it.
     sweep: dotted keys, each with a list of numbers; all combinations are run.
+    modules: files (.py, relative to the config) or modules to import first, which register problems.
     """
 
     algorithm: MSoBiRLSection = dataclasses.field(default_factory=MSoBiRLSection)
@@ -149,6 +150,7 @@ class RunSection:
     precision: Literal["float32", "float64"] = "float64"
     memory_limit_mb: Positive = 4096.0
     sweep: dict[str, Annotated[list[float | int], Field(min_length=1)]] = dataclasses.field(default_factory=dict)
+    modules: list[str] = dataclasses.field(default_factory=list)
 
 
 SECTIONS = {

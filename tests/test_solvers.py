@@ -179,19 +179,41 @@ def test_anderson_never_loses_more_than_a_fifth(discount):
 
 def test_auto_is_resolved_by_structure():
     small, large = make_mdp(PROCESS, 0.9), random_mdp(500, 0.9)
-    assert isinstance(bj.Auto().resolve(small), bj.PolicyIteration)
-    assert isinstance(bj.Auto(1e-3).resolve(large), bj.AdaptivePolicyIteration)
-    assert bj.Auto(1e-3).resolve(large).tolerance == 1e-3
     dense = np.full((100, 2, 100), 0.01)
-    assert isinstance(bj.Auto(1e-3).resolve(bj.MDP(dense, np.zeros((3, 100, 2)), 0.9)), bj.ValueIteration)
-    single = bj.MDP(dense, np.zeros((100, 2)), 0.9)
-    assert isinstance(bj.Auto(1e-3).resolve(single), bj.AdaptivePolicyIteration)
-    assert isinstance(bj.Auto().resolve(single), bj.AdaptivePolicyIteration)
+    batch = bj.MDP(dense, np.zeros((20, 100, 2)), 0.9)
+
+    def kinds(mdp):
+        return [type(solver) for solver in bj.Auto(1e-3).resolve(mdp)]
+
+    assert kinds(small) == [bj.PolicyIteration]
+    assert kinds(large) == [bj.AdaptivePolicyIteration]
+    assert kinds(batch) == [bj.ValueIteration, bj.AdaptivePolicyIteration]
+    assert kinds(bj.MDP(dense, np.zeros((3, 100, 2)), 0.9)) == [bj.AdaptivePolicyIteration]
+    assert kinds(bj.MDP(dense, np.zeros((100, 2)), 0.9)) == [bj.AdaptivePolicyIteration]
+    assert {float(solver.tolerance) for solver in bj.Auto(1e-3).resolve(batch)} == {1e-3}
     for mdp in (small, large):
         auto, named = (
-            bj.solve(mdp, bj.ShannonEntropy(0.5), solver=s) for s in (bj.Auto(1e-5), bj.Auto(1e-5).resolve(mdp))
+            bj.solve(mdp, bj.ShannonEntropy(0.5), solver=s) for s in (bj.Auto(1e-5), bj.Auto(1e-5).resolve(mdp)[0])
         )
         np.testing.assert_array_equal(auto.value, named.value)
+
+
+def test_a_batch_over_slow_dense_transitions_is_not_left_to_sweeps():
+    # A ring takes thousands of sweeps, the uniform chain a few: one is done together, the other goes on by itself.
+    states = 80
+    place = np.arange(states)
+    ring = np.stack([np.eye(states)[(place + step) % states] for step in (1, -1)], 1)
+    reward = np.random.default_rng(0).normal(size=(16, states, 2))
+    for transition, slow in ((ring, True), (np.full(ring.shape, 1 / states), False)):
+        mdp = bj.MDP(transition, reward, 0.999)
+        made = bj.check(bj.solve(mdp, bj.ShannonEntropy(0.5)))
+        single = bj.check(bj.solve(bj.MDP(transition, reward[3], 0.999), bj.ShannonEntropy(0.5)))
+        np.testing.assert_allclose(made.value[3], single.value, rtol=1e-11)
+        assert bool((made.stats.products > 0).all()) is slow
+        assert (made.stats.steps < 300).all()
+        if slow:
+            few = bj.solve(mdp, bj.ShannonEntropy(0.5), solver=bj.Auto(1e-6, max_steps=2))
+            assert (few.result == bj.Result.MAX_STEPS).all()
 
 
 def test_the_unregularized_policy_has_no_derivative_and_the_value_has_one():

@@ -74,8 +74,8 @@ class Solver(eqx.Module):
         require_stopping(self.tolerance, self.max_steps)
 
     @abc.abstractmethod
-    def resolve(self, mdp: MDP) -> "Stepper":
-        """The iteration to run on such MDPs, by their structure."""
+    def resolve(self, mdp: MDP) -> "tuple[Stepper, ...]":
+        """The iterations to run on such MDPs, by their structure: each where the one before came to its `max_steps`."""
 
 
 class Stepper(Solver):
@@ -89,7 +89,7 @@ class Stepper(Solver):
 
     def resolve(self, mdp):
         del mdp
-        return self
+        return (self,)
 
     @property
     def is_centred(self) -> bool:

@@ -77,18 +77,18 @@ def solve(
 @jax.jit
 def _solve(mdp, regularizer, initial_value, solver, adjoint):
     check_compatible(mdp, regularizer)
-    solver = (Auto() if solver is None else solver).resolve(mdp)
+    solvers = (Auto() if solver is None else solver).resolve(mdp)
     adjoint = default_linear_solver(mdp.num_states) if adjoint is None else adjoint
-    return _solve_one(mdp, regularizer, initial_value, solver=solver, adjoint=adjoint)
+    return _solve_one(mdp, regularizer, initial_value, solvers=solvers, adjoint=adjoint)
 
 
 @over_batch
-def _solve_one(mdp, regularizer, initial_value, *, solver, adjoint):
+def _solve_one(mdp, regularizer, initial_value, *, solvers, adjoint):
     start = None if initial_value is None else lax.stop_gradient(initial_value)
-    numbers = jax.tree.map(jnp.asarray, (solver, adjoint))
+    numbers = jax.tree.map(jnp.asarray, (solvers, adjoint))
     value, result, stats, discounts = _fixed_point(*numbers, mdp, regularizer, start)
     q = action_values(mdp, value)
-    if solver.is_centred:
+    if solvers[-1].is_centred:
         frozen = lax.stop_gradient((mdp, regularizer, value, q))
         loss = suboptimality(frozen[0], discounts, frozen[2], frozen[1].conjugate(frozen[3]))
         stats = eqx.tree_at(lambda s: s.suboptimality, stats, loss)
@@ -99,15 +99,32 @@ def _solve_one(mdp, regularizer, initial_value, *, solver, adjoint):
 
 
 @jax.custom_jvp
-def _fixed_point(solver, adjoint, mdp, regularizer, start):
+def _fixed_point(solvers, adjoint, mdp, regularizer, start):
     del adjoint
-    run = _sweeps_may_share if solver.batched_on_cpu else _one_at_a_time
-    return run(solver, mdp, regularizer, start)
+    first, *others = solvers
+    run = _sweeps_may_share if first.batched_on_cpu else _one_at_a_time
+    made = run(first, mdp, regularizer, start)
+    for solver in others:
+        made = _go_on(solver, mdp, regularizer, made)
+    return made
 
 
 def _shares_transitions(solver, mdp, regularizer, start) -> bool:
     del solver, regularizer, start
     return not any(jax.tree.leaves(mdp.transition))
+
+
+@one_at_a_time_on_cpu
+def _go_on(solver, mdp, regularizer, made):
+    """`made` where it is done; from its V on where it came to its `max_steps`."""
+    value, result, before, _ = made
+
+    def unfinished():
+        value_after, result, after, discounts = iterate(solver, mdp, regularizer, value)
+        counts = (before.steps + after.steps, before.products + after.products)
+        return value_after, result, eqx.tree_at(lambda s: (s.steps, s.products), after, counts), discounts
+
+    return lax.cond(result == Result.MAX_STEPS, unfinished, lambda: made)
 
 
 # With transitions of its own, each element ends at its own time and keeps its numbers in cache; sharing them, a
@@ -118,10 +135,10 @@ _one_at_a_time = one_at_a_time_on_cpu(iterate)
 
 @_fixed_point.defjvp
 def _fixed_point_jvp(primals, tangents):
-    solver, adjoint, mdp, regularizer, start = primals
+    solvers, adjoint, mdp, regularizer, start = primals
     _, _, mdp_dot, regularizer_dot, _ = tangents
     # Called again, not closed over: a further derivative meets the same rule.
-    value, *report = _fixed_point(solver, adjoint, mdp, regularizer, start)
+    value, *report = _fixed_point(solvers, adjoint, mdp, regularizer, start)
     _, backup_dot = jax.jvp(lambda m, r: backup(m, r, value), (mdp, regularizer), (mdp_dot, regularizer_dot))
     operator = policy_operator(mdp, improve(regularizer, action_values(mdp, value)))
     value_dot, _ = linear_solve(adjoint, operator, mdp.modulus, backup_dot, poison=True)

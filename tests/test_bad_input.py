@@ -153,6 +153,11 @@ BAD = {
     "adjoint text": (lambda: bj.policy_value(mdp(), EVEN, "LU"), r"adjoint: expected LinearSolver or"),
     "linear_solver text": (lambda: bj.PolicyIteration(linear_solver="LU"), r"linear_solver: expected .* got str"),
     "method's solver": (lambda: bj.Implicit("PI"), r"solver: expected Solver or None, got str"),
+    "method's tolerance": (lambda: bj.Implicit(tolerance=-1.0), r"tolerance must be at least 0, got -1"),
+    "method's tolerance for nobody": (
+        lambda: bj.Implicit(bj.Auto(), bj.Direct(), tolerance=1e-6),
+        r"tolerance: 1e-06 goes to solvers that are not given, and both are",
+    ),
     "method's adjoint": (lambda: bj.Implicit(adjoint=1), r"adjoint: .*LinearSolver or None, got int"),
     "method a solver": (lambda: upper(method=bj.ValueIteration()), r"method: .*Method or None, got ValueIteration"),
     "no problem": (lambda: bj.hypergradient(upper, 1.0), r"problem: expected Problem, got function"),

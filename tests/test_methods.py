@@ -104,6 +104,29 @@ def test_error_bounds_on_slow_chains(discount, states):
         assert float(made.error) <= 10 * error + rounding, name
 
 
+def test_the_default_stops_where_it_is_told_to():
+    problem, x = grid(0.95, 0.2, states=600)
+    calls = hypergradient_cache()
+    made = [bj.check(bj.hypergradient(problem, x, method=bj.Implicit(tolerance=t))) for t in (1e-2, 1e-5, 1e-8)]
+    assert hypergradient_cache() == calls + 1
+    exact = bj.check(bj.hypergradient(problem, x))
+    named = bj.Implicit(bj.Auto(1e-5), bj.AdaptiveKrylov(1e-5))
+    np.testing.assert_array_equal(
+        bj.hypergradient(problem, x, method=named).gradient["price"], made[1].gradient["price"]
+    )
+    errors = [np.linalg.norm(flat(m.gradient) - flat(exact.gradient)) for m in made]
+    size = np.linalg.norm(flat(exact.gradient))
+    for tolerance, error, m in zip((1e-2, 1e-5, 1e-8), errors, made, strict=True):
+        assert error <= float(m.error) <= 10 * error + 1e-9 * size
+        assert error <= 10 * tolerance * size
+    work = [int(m.solution.stats.products + m.stats.steps) for m in (*made, exact)]
+    assert work == sorted(set(work))
+
+
+def hypergradient_cache():
+    return bj.hypergradient.__globals__["_hypergradient"]._cache_size()
+
+
 @pytest.mark.parametrize("method", but(["neumann"], ["five sweeps", "neumann", "unrolled", "default"]))
 def test_error_bound_in_float32(method):
     x = jax.tree.map(jnp.float32, upper_start())

@@ -22,9 +22,9 @@ FLOOR = 8
 NEAR_FLOOR = 1000
 
 
-def default_linear_solver(num_states: int) -> LinearSolver:
-    """Direct up to `DIRECT_LIMIT` states, AdaptiveKrylov above."""
-    return Direct() if num_states <= DIRECT_LIMIT else AdaptiveKrylov()
+def default_linear_solver(num_states: int, tolerance: Any = None) -> LinearSolver:
+    """Direct up to `DIRECT_LIMIT` states, AdaptiveKrylov to a relative residual above."""
+    return Direct() if num_states <= DIRECT_LIMIT else AdaptiveKrylov(tolerance)
 
 
 def linear_solve(

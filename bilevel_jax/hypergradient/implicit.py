@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver
+from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient.error import error_bound
 from bilevel_jax.hypergradient.lagrangian import Lagrangian, ReadOut
 from bilevel_jax.hypergradient.problem import Problem, lower_level
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
-from bilevel_jax.solvers import Solution, Solver, read_out, solve
-from bilevel_jax.validation import as_float, require_instance
+from bilevel_jax.solvers import Auto, Solution, Solver, read_out, solve
+from bilevel_jax.validation import as_float, require_instance, require_setting
 
 
 class Implicit(Method):
@@ -22,27 +23,40 @@ class Implicit(Method):
     `solution.value` and `adjoint` as starts, is the approximate implicit differentiation of M-SoBiRL.
 
     Args:
-      solver: of the lower level; None is `Auto()`.
-      adjoint: linear solver of the adjoint; None chooses by the number of states.
+      solver: of the lower level; None is `Auto(tolerance)`.
+      adjoint: linear solver of the adjoint; None chooses by the number of states, with the tolerance if it has one.
+      tolerance: of the solvers that are not given: bound on |V - V*|_inf, and residual of the adjoint relative to
+        |df/dV|. None asks both for working precision. `Hypergradient.error` says what it came to.
+
+    Raises:
+      InputError: an argument of another type, a tolerance below 0, or one beside two solvers that have theirs.
     """
 
     solver: Solver | None = None
     adjoint: LinearSolver | None = None
+    tolerance: Any = None
 
     def __check_init__(self):
         require_instance("solver", self.solver, Solver | None)
         require_instance("adjoint", self.adjoint, LinearSolver | None)
+        if self.tolerance is not None:
+            require_setting("tolerance", self.tolerance, 0, "1e-6 to 1e-8 is usual; None is working precision")
+            if self.solver is not None and self.adjoint is not None:
+                raise InputError(
+                    f"tolerance: {self.tolerance} goes to solvers that are not given, and both are; give it to them"
+                )
 
     def estimate(self, problem, x, initial_value, initial_adjoint, with_error):
         mdp, regularizer = lower_level(problem, x)
         if initial_adjoint is not None:
             initial_adjoint = as_float("initial_adjoint", initial_adjoint, mdp.reward.dtype, mdp.reward.shape[:-1])
-        solution = solve(mdp, regularizer, solver=self.solver, adjoint=self.adjoint, initial_value=initial_value)
+        solver = Auto(self.tolerance) if self.solver is None else self.solver
+        adjoint = default_linear_solver(mdp.num_states, self.tolerance) if self.adjoint is None else self.adjoint
+        solution = solve(mdp, regularizer, solver=solver, adjoint=self.adjoint, initial_value=initial_value)
 
         def read(mdp, regularizer, value):
             return read_out(mdp, regularizer, value, solution.result, solution.stats)
 
-        adjoint = default_linear_solver(mdp.num_states) if self.adjoint is None else self.adjoint
         return implicit_gradient(problem, x, solution, adjoint, initial_adjoint, read, with_error)
 
 

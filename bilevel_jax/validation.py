@@ -120,6 +120,14 @@ def require_fraction(name: str, array: jax.Array, remedy: str) -> None:
 
 
 @_where_known
+def require_probability(name: str, array: jax.Array, remedy: str) -> None:
+    """Raise if an entry is not in [0, 1]."""
+    if not bool(jnp.all((array >= 0) & (array <= 1))):
+        bad = ~np.asarray((array >= 0) & (array <= 1))
+        raise InputError(f"{name} must be from 0 to 1, got {np.asarray(array)[bad][0]:g}; {remedy}")
+
+
+@_where_known
 def require_index(name: str, array: jax.Array, size: int) -> None:
     """Raise if an integer is not in [0, size)."""
     if not bool(jnp.all((array >= 0) & (array < size))):

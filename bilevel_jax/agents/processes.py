@@ -12,7 +12,7 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.indexing import gather
 from bilevel_jax.regularizers import KLDivergence, Regularizer
-from bilevel_jax.validation import as_array, as_float, is_known, require_at_least
+from bilevel_jax.validation import as_array, as_float, require_at_least, require_probability
 
 
 class Processes(eqx.Module):
@@ -134,8 +134,7 @@ def require_sizes(**sizes: Any) -> None:
 def as_unit(name: str, value: Any, remedy: str) -> jax.Array:
     """A number in [0, 1]. Raises InputError."""
     number = as_float(name, value, float)
-    if is_known(number) and not bool(jnp.all((number >= 0) & (number <= 1))):
-        raise InputError(f"{name} must be from 0 to 1, got {value!r}; {remedy}")
+    require_probability(name, number, remedy)
     return number
 
 

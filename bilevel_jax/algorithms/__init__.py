@@ -2,6 +2,7 @@
 
 from bilevel_jax.algorithms.amd import amd
 from bilevel_jax.algorithms.attenuating_actor_critic import Attenuation, attenuating_actor_critic
+from bilevel_jax.algorithms.basin_hopping import basin_hopping
 from bilevel_jax.algorithms.bc_hg import bc_hg
 from bilevel_jax.algorithms.hpgd import hpgd
 from bilevel_jax.algorithms.implicit import implicit
@@ -22,6 +23,7 @@ __all__ = [
     "UpperLevel",
     "amd",
     "attenuating_actor_critic",
+    "basin_hopping",
     "bc_hg",
     "hpgd",
     "implicit",

@@ -208,11 +208,11 @@ class TaxDesign(eqx.Module):
     def _process(self, x: jax.Array, reward: jax.Array) -> MDP:
         """The economy with a reward that broadcasts to [C, S, A]."""
         transition = DenseTransition(self._cells(self.assets[:, None] + self.saving(x), self.noise))
-        initial = self._cells(jnp.zeros(()), jnp.asarray(INITIAL_SPREAD, self.noise.dtype))
+        initial = self._cells(jnp.zeros_like(self.noise), INITIAL_SPREAD)
         shape = (*self.share.shape, *transition.shape)
         return MDP(transition, jnp.broadcast_to(reward, shape), self.discount, initial)
 
-    def _cells(self, mean: jax.Array, deviation: jax.Array) -> jax.Array:
+    def _cells(self, mean: jax.Array, deviation: jax.Array | float) -> jax.Array:
         """Probabilities of the grid's cells [..., S] under a normal distribution; the outermost have its tails."""
         borders = (self.assets[1:] + self.assets[:-1]) / 2
         below = ndtr((borders - mean[..., None]) / deviation)
@@ -238,7 +238,7 @@ class Household(Environment):
     def reset(self, key):
         for_type, for_assets = jax.random.split(key)
         kind = choose(uniform(for_type), self.problem.share)
-        return kind, self._noisy(for_assets, jnp.zeros(()), INITIAL_SPREAD)
+        return kind, self._noisy(for_assets, jnp.zeros_like(self.problem.noise), INITIAL_SPREAD)
 
     def observe(self, state):
         return state
@@ -251,7 +251,7 @@ class Household(Environment):
         never = jnp.zeros((), bool)
         return following, TimeStep(following, reward, never, never)
 
-    def _noisy(self, key: jax.Array, mean: jax.Array, deviation: Any) -> jax.Array:
+    def _noisy(self, key: jax.Array, mean: jax.Array, deviation: jax.Array | float) -> jax.Array:
         grid = self.problem.assets
         assets = mean + deviation * jax.random.normal(key, dtype=grid.dtype)
         return grid[self.problem.nearest(assets)] if self.rounded else jnp.clip(assets, grid[0], grid[-1])

@@ -14,7 +14,7 @@ from bilevel_jax.solvers import Solver
 def sampled_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
     """Steps of the simulator, as the iteration reports them. What an exact agent solves is not counted."""
     del algorithm, state
-    return info.environment_steps
+    return info.environment_steps.astype(float)
 
 
 def model_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
@@ -30,9 +30,9 @@ def model_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
     lower, adjoint = solvers_of(algorithm)
     sweeps = _lower_sweeps(lower, mdp, info) + 1
     if info.adjoint_stats is not None:
-        sweeps += jnp.sum(solve_sweeps(adjoint, mdp) * info.adjoint_stats.steps)
+        sweeps += solve_sweeps(adjoint, mdp) * _total(info.adjoint_stats.steps)
     trials = optax.tree_utils.tree_get(state.optimizer_state, "num_linesearch_steps")
-    repeats = 1 if trials is None else 1 + trials
+    repeats = 1.0 if trials is None else 1 + _total(trials)
     return sweeps * repeats * (mdp.num_states * mdp.num_actions)
 
 
@@ -55,7 +55,7 @@ def pbrl_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
     evaluations = algorithm.steps * (3 if algorithm.penalty == "value" else 2) + 2
     contexts = mdp.reward.size // (mdp.num_states * mdp.num_actions)
     direct = isinstance(default_linear_solver(mdp.num_states), bj.Direct)
-    each = contexts * factorization_sweeps(mdp) if direct else jnp.sum(info.lower_stats.products)
+    each = contexts * factorization_sweeps(mdp) if direct else _total(info.lower_stats.products)
     sweeps = _lower_sweeps(algorithm.lower, mdp, info) + evaluations * each
     return sweeps * (mdp.num_states * mdp.num_actions)
 
@@ -63,7 +63,12 @@ def pbrl_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
 def _lower_sweeps(solver: Solver, mdp: Any, info: Any) -> jax.Array:
     """What the lower level's solve took, all contexts together."""
     stats = info.lower_stats
-    return jnp.sum(stats.steps + product_sweeps(solver.resolve(mdp), mdp) * stats.products)
+    return _total(stats.steps) + product_sweeps(solver.resolve(mdp), mdp) * _total(stats.products)
+
+
+def _total(counts: jax.Array) -> jax.Array:
+    """Of all contexts, as a float: more than an int32 holds, in a long run."""
+    return jnp.sum(counts).astype(float)
 
 
 def solvers_of(algorithm: Any) -> tuple[Solver, LinearSolver | None]:

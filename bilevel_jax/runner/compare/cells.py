@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from bilevel_jax.errors import InputError
 from bilevel_jax.runner.compare.config import Cell
 from bilevel_jax.runner.compare.race import Curves, Entry, Race
 from bilevel_jax.runner.methods import METHODS
@@ -42,19 +43,13 @@ def run_cell(cell: Cell, directory: Path, report: Callable[[str], None]) -> Outc
 
     Call it with the cell's precision set.
     """
-    problem = problem_of(cell)
-    method = METHODS[cell.method["name"]]
-    options = [cell.options_at(setting) for setting in cell.settings]
-    reason = method.applies(problem, options[0])
-    if reason is not None:
-        return Outcome(cell, reason)
+    race = race_of(cell)
+    if isinstance(race, str):
+        return Outcome(cell, race)
     stored = _stored(cell, directory)
     missing = [run for run in range(len(cell.runs)) if run not in stored]
     if missing:
-        optimizers = [cell.optimizer_at(setting) for setting in cell.settings]
-        entries = [Entry(options[place], optimizers[place], seed) for place, seed in cell.runs]
         started = time.perf_counter()
-        race = Race(method, problem, entries, cell.budget["transitions"], cell.shared["samples"])
         chunks = race.cuts(missing, cell.shared["memory_limit_mb"])
         compile_seconds = time.perf_counter() - started
         for number, chunk in enumerate(chunks):
@@ -63,6 +58,24 @@ def run_cell(cell: Cell, directory: Path, report: Callable[[str], None]) -> Outc
             report(f"{cell.name}: {len(chunk.runs)} runs, {curves.seconds[-1]:.3g} s each")
         stored = _stored(cell, directory)
     return _outcome(cell, stored)
+
+
+def race_of(cell: Cell) -> Race | str:
+    """The cell's runs, nothing compiled yet; or why the method does not apply.
+
+    Raises:
+      InputError: an option that the method refuses.
+    """
+    problem, method = problem_of(cell), METHODS[cell.method["name"]]
+    options = [cell.options_at(setting) for setting in cell.settings]
+    if (reason := method.applies(problem, options[0])) is not None:
+        return reason
+    optimizers = [cell.optimizer_at(setting) for setting in cell.settings]
+    entries = [Entry(options[place], optimizers[place], seed) for place, seed in cell.runs]
+    try:
+        return Race(method, problem, entries, cell.budget["transitions"], cell.shared["samples"])
+    except InputError as error:
+        raise InputError(f"{cell.name}: {error}") from None
 
 
 def problem_of(cell: Cell) -> Any:
@@ -100,8 +113,8 @@ def _stored(cell: Cell, directory: Path) -> dict[int, tuple[int, dict[str, Any]]
     found = {}
     for path in sorted(directory.glob(f"*-{cell.key}-*.npz")):
         try:
-            with np.load(path) as file:
-                chunk = dict(file)
+            with path.open("rb") as file, np.load(file) as arrays:
+                chunk = dict(arrays)
         except (OSError, ValueError, zipfile.BadZipFile):
             continue  # not one of ours, or damaged: computed again
         for place, run in enumerate(chunk["runs"].tolist()):

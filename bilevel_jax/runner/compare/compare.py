@@ -14,7 +14,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from bilevel_jax.errors import InputError
-from bilevel_jax.runner.compare.cells import Outcome, run_cell
+from bilevel_jax.runner.compare.cells import Outcome, race_of, run_cell
 from bilevel_jax.runner.compare.config import Comparison
 from bilevel_jax.runner.compare.curves import best_solution, learning_curves
 from bilevel_jax.runner.compare.page import page
@@ -34,11 +34,16 @@ def compare(comparison: Comparison, directory: Path, report: Callable[[str], Non
       The summary.
 
     Raises:
-      InputError: the directory cannot be written, or a run does not fit into the memory limit.
+      InputError: the directory cannot be written, a method refuses an option, or a run does not fit into the memory
+        limit.
     """
     started = time.perf_counter()
+    with jax.enable_x64(comparison.values["precision"] == "float64"):
+        for cell in comparison.cells:  # what is refused is refused before anything is computed
+            race_of(cell)
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / "summary.json").unlink(missing_ok=True)
         (directory / "config.yaml").write_text(yaml.safe_dump(comparison.values, sort_keys=False))
         with jax.enable_x64(comparison.values["precision"] == "float64"):
             outcomes = [run_cell(cell, directory / "cells", report) for cell in comparison.cells]

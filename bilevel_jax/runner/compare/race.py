@@ -105,10 +105,10 @@ class Race:
             while seconds < deadline and self._open(progress, target):
                 left = (deadline - seconds) * len(chunk.padded)
                 most = int(np.clip(min(BLOCK, left) / rate, 1, 2**30))
-                before = np.max(progress.state.iteration)
+                before = _most_iterations(progress)
                 progress, took = self._timed(inputs, progress, jnp.asarray(float(target)), most)
                 seconds += took / len(chunk.padded)
-                rate = max(took / max(1, np.max(progress.state.iteration) - before), 1e-9)
+                rate = max(took / max(1, _most_iterations(progress) - before), 1e-9)
             points.append((progress, seconds, self._evaluated(progress)))
         made = slice(len(chunk.runs))
         return Curves(
@@ -167,7 +167,7 @@ class Race:
             def step(carry):
                 progress, made = carry
                 state, info = algorithm.step(jax.random.fold_in(key, 1 + progress.state.iteration), progress.state)
-                spent = self._method.count(algorithm, state, info).astype(progress.transitions.dtype)
+                spent = self._method.count(algorithm, state, info)
                 finite = jnp.isfinite(info.objective) & jnp.isfinite(optax.tree.norm(state.x))
                 return Progress(state, progress.transitions + spent, spent, finite), made + 1
 
@@ -202,6 +202,10 @@ def _sampled(algorithm, states, samples):
         return value, jnp.full_like(value, jnp.nan)
 
     return jax.lax.map(one, states)
+
+
+def _most_iterations(progress: Progress) -> int:
+    return int(np.max(np.asarray(progress.state.iteration)))
 
 
 def _goes_on(progress: Progress, target: Any) -> Any:

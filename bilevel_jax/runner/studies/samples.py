@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 import bilevel_jax as bj
-from bilevel_jax.algorithms.sampled import SampledAlgorithm
 from bilevel_jax.errors import InputError
+from bilevel_jax.runner.chunks import Cut
+from bilevel_jax.runner.compare.race import Entry, Race
+from bilevel_jax.runner.methods import METHODS as TABLE
 from bilevel_jax.runner.studies.records import draw, read_rows, write_rows
 
 METHODS = ("sobirl", "sobirl_rollouts", "stoc_sobirl", "hpgd", "bc_hg", "zero_order", "naive")
@@ -83,95 +81,21 @@ def run(options: SamplesOptions, directory: Path, report: Callable[[str], None])
     write_rows(directory / "samples_table.csv", _table(rows))
 
 
-def _algorithm(name: str, problem: Any, options: SamplesOptions, optimizer: Any) -> SampledAlgorithm:
-    common = {"agent": bj.agents.ExactAgent(), "batch": options.batch}
-    tabular_baseline = bj.estimators.LeaveOneOut() if problem.trajectories > 1 else bj.estimators.LearnedAdvantage()
-    if name == "stoc_sobirl":
-        iterations = _stoc_iterations(problem, options.budget)
-        return bj.algorithms.stoc_sobirl(
-            problem,
-            iterations,
-            optimizer=optimizer,
-            response=bj.estimators.LearnedModel(),
-            baseline=tabular_baseline,
-        )
-    if name == "sobirl":
-        response = bj.estimators.LearnedModel()
-        pairings = min(10, options.batch) if problem.trajectories > 1 else 1
-        return bj.algorithms.sobirl(
-            problem, optimizer, response=response, baseline=tabular_baseline, pairings=pairings, **common
-        )
-    if name == "sobirl_rollouts":
-        length = max(1, math.ceil(math.log(100) / -math.log(max(float(problem.discount), 1e-6))))
-        response = bj.estimators.NestedRollouts(min(length, problem.horizon), visits=1)
-        return bj.algorithms.sobirl(problem, optimizer, response=response, baseline=tabular_baseline, **common)
-    return getattr(bj.algorithms, name)(problem, optimizer, **common)
-
-
-def _stoc_iterations(problem: Any, budget: int) -> int:
-    """The most iterations whose sizes by the schedule fit the budget."""
-    low, high = 1, budget
-    while low < high:
-        middle = (low + high + 1) // 2
-        made = bj.algorithms.stoc_sobirl(problem, middle, response=bj.estimators.LearnedModel())
-        low, high = (middle, high) if middle * made.environment_steps <= budget else (low, middle - 1)
-    return low
-
-
 def _run_method(
     name: str, problem: Any, options: SamplesOptions, budgets: np.ndarray
 ) -> Iterator[tuple[float, int, int, int, float]]:
-    optimizer = optax.inject_hyperparams(_adam)(learning_rate=0.1)
-    algorithm = _algorithm(name, problem, options, optimizer)
-    rates, seeds = np.asarray(options.learning_rates), np.arange(options.seeds)
-    grid = [(float(rate), int(seed)) for rate in rates for seed in seeds]
-    keys = jax.vmap(jax.random.key)(jnp.asarray([seed for _, seed in grid], jnp.uint32))
-
-    @jax.jit
-    def start(algorithm, keys, rates):
-        def one(key, rate):
-            # The start depends on the seed alone, so that all methods have the same.
-            state = algorithm.init(jax.random.fold_in(key, 0), algorithm.problem.start(key))
-            hyperparams = {"learning_rate": rate}
-            return eqx.tree_at(
-                lambda s: s.optimizer_state, state, state.optimizer_state._replace(hyperparams=hyperparams)
-            )
-
-        return jax.vmap(one)(keys, rates)
-
-    @jax.jit
-    def advance(algorithm, states, keys, first, count):
-        def one(state, key):
-            def step(i, state):
-                return algorithm.step(jax.random.fold_in(key, 1 + first + i), state)[0]
-
-            return jax.lax.fori_loop(0, count, step, state)
-
-        return jax.vmap(one)(states, keys)
-
-    @jax.jit
-    def evaluate(problem, states):
-        return jax.lax.map(lambda x: exact_objective(problem, x), states.x)
-
-    states = start(algorithm, keys, jnp.asarray([rate for rate, _ in grid]))
-    done = 0
-    for budget in budgets:
-        target = int(budget) // algorithm.environment_steps
-        states = advance(algorithm, states, keys, jnp.asarray(done), jnp.asarray(max(0, target - done)))
-        done = max(done, target)
-        values = np.asarray(evaluate(problem, states))
-        for (rate, seed), value in zip(grid, values, strict=True):
-            yield rate, seed, int(budget), done * algorithm.environment_steps, float(value)
-
-
-def _adam(learning_rate: Any) -> optax.GradientTransformation:
-    """Adam whose learning rate alone is a leaf."""
-    return optax.adam(learning_rate)
-
-
-def exact_objective(problem: Any, x: Any) -> jax.Array:
-    """phi(x) on the model."""
-    return problem.objective(x, bj.solve(problem.mdp(x), problem.regularizer(x)))
+    kind, response = (name, {}) if name != "sobirl_rollouts" else ("sobirl", {"response": "rollouts"})
+    batch = {} if name == "stoc_sobirl" else {"batch": options.batch}
+    method = TABLE[kind]
+    made = method.options(**batch, **response)
+    grid = [(float(rate), seed) for rate in options.learning_rates for seed in range(options.seeds)]
+    entries = [Entry(made, {"name": "adam", "learning_rate": rate}, seed) for rate, seed in grid]
+    race = Race(method, problem, entries, options.budget)
+    everything = list(range(len(grid)))
+    curves = race.run(Cut(everything, everything), budgets, np.full(budgets.shape, np.inf))
+    for point, budget in enumerate(budgets, 1):
+        for run, (rate, seed) in enumerate(grid):
+            yield rate, seed, int(budget), int(curves.transitions[point, run]), float(curves.objective[point, run])
 
 
 def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,356 @@
+"""Comparisons: what is run, tuned, counted and written; and that an interrupted one goes on where it stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html import escape
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runner_helpers import command, read_rows, write
+
+import bilevel_jax as bj
+from bilevel_jax.errors import InputError
+from bilevel_jax.runner.chunks import Cut
+from bilevel_jax.runner.compare import cells, compare, tables
+from bilevel_jax.runner.compare.cells import Outcome, points, run_cell
+from bilevel_jax.runner.compare.config import load
+from bilevel_jax.runner.compare.race import Curves, Entry, Race
+from bilevel_jax.runner.counting import factorization_sweeps
+from bilevel_jax.runner.methods import METHODS
+
+SMALL = "problems: [{name: synthetic, states: 3, actions: 2, dimension: 2}]\n"
+TINY = f"""\
+{SMALL}
+methods:
+  - {{name: m_sobirl, label: few sweeps, grid: {{learning_rate: [0.001, 0.2]}}}}
+  - hpgd
+seeds: [0, 1]
+tuning_seeds: [7]
+budget: {{transitions: 3000}}
+points: 3
+first: 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A comparison of one method that applies and one that does not: the directory and what was printed."""
+    directory = tmp_path_factory.mktemp("tiny")
+    called = command("compare", write(directory, TINY), "--out", directory / "out")
+    assert called.code == 0, called.err
+    return directory / "out", called.out
+
+
+def outcome(tiny):
+    directory, _ = tiny
+    cell = load(directory / "config.yaml").cells[0]
+    return run_cell(cell, directory / "cells", lambda line: pytest.fail(f"computed again: {line}"))
+
+
+def test_curves_are_exact_objectives_within_the_budget(tiny):
+    made = outcome(tiny)
+    curves = made.curves
+    problem = bj.problems.make("synthetic", states=3, actions=2, dimension=2)
+    assert curves.objective.shape == (4, 2 * 3)
+    assert (curves.transitions[0] == 0).all()
+    assert (curves.iterations[0] == 0).all()
+    targets, _ = points(made.cell)
+    assert targets.tolist() == [300, 948, 3000]
+    each = curves.transitions[-1] / curves.iterations[-1]
+    # Ten sweeps, two products of one step of descent, and the formula: 13 looks at the 6 pairs.
+    np.testing.assert_allclose(each, 13 * 6)
+    assert (curves.transitions[1:] <= targets[:, None]).all()
+    assert (curves.transitions[1:] + each > targets[:, None]).all(), "another iteration would have fitted"
+    assert (np.diff(curves.seconds, axis=0) >= 0).all()
+    (x,) = made.x
+    for run, (_, seed) in enumerate(made.cell.runs):
+        solution = bj.solve(problem.mdp(x[run]), problem.regularizer(x[run]))
+        np.testing.assert_allclose(curves.objective[-1, run], problem.objective(x[run], solution), rtol=1e-9)
+        start = problem.start(jax.random.key(seed))
+        first = bj.hypergradient(problem, start)
+        np.testing.assert_allclose(curves.objective[0, run], first.value, rtol=1e-9)
+        np.testing.assert_allclose(curves.gradient_norm[0, run], jnp.linalg.norm(first.gradient), rtol=1e-6)
+
+
+def test_runs_are_those_of_the_algorithm(tiny):
+    """One run by hand: same start, same optimizer, as many iterations."""
+    import optax
+
+    made = outcome(tiny)
+    problem = bj.problems.make("synthetic", states=3, actions=2, dimension=2)
+    algorithm = bj.algorithms.m_sobirl(problem, optax.adam(0.2))
+    run = made.cell.runs.index((1, 1))
+    state = algorithm.init(jax.random.key(0), problem.start(jax.random.key(1)))
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(int(made.curves.iterations[-1, run])):
+            state, _ = algorithm.step(jax.random.key(0), state)
+    np.testing.assert_allclose(made.x[0][run], state.x, rtol=1e-8)
+
+
+def test_table(tiny):
+    directory, printed = tiny
+    first, second = read_rows(directory / "table.csv")
+    rows = read_rows(directory / "curves.csv")
+    final = {
+        rate: [
+            float(row["objective"])
+            for row in rows
+            if row["learning_rate"] == rate and row["point"] == "3" and row["tuning"] == "0"
+        ]
+        for rate in ("0.001", "0.2")
+    }
+    assert first["settings"] == "learning rate 0.2"
+    assert float(first["mean"]) == pytest.approx(np.mean(final["0.2"]), rel=1e-6)
+    assert float(first["standard_error"]) == pytest.approx(np.std(final["0.2"], ddof=1) / 2**0.5, rel=1e-5)
+    assert (first["best"], first["seeds"], first["diverged"]) == ("1", "2", "0")
+    assert "has no simulator" in second["does_not_apply"]
+    assert (directory / "table.md").read_text() in printed
+    assert "| few sweeps | **" in printed
+    assert "- hpgd: synthetic has no simulator" in printed
+
+
+def test_curves_file(tiny):
+    directory, _ = tiny
+    rows = read_rows(directory / "curves.csv")
+    assert len(rows) == 2 * 3 * 4
+    assert {row["seed"] for row in rows if row["tuning"] == "1"} == {"7"}
+    assert {row["method"] for row in rows} == {"few sweeps"}
+
+
+def test_page_needs_nothing_but_itself(tiny):
+    directory, _ = tiny
+    page = (directory / "index.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:image/png;base64,|#)', page)
+    assert "@import" not in page
+    assert "url(" not in page
+    summary = json.loads((directory / "summary.json").read_text())
+    pictures = [file for files in summary["pictures"].values() for file in files.values()]
+    assert page.count("data:image/png;base64,") == len(pictures) == 2
+    for text in (tables.RULE, "3,000 transitions", summary["machine"], summary["versions"]["jax"], "few sweeps"):
+        assert escape(text) in page
+    for tag in ("table", "figure", "h2", "details", "div", "dl", "tr", "td"):
+        assert len(re.findall(f"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
+
+
+def test_report(tiny, tmp_path):
+    directory, _ = tiny
+    page = tmp_path / "docs" / "benchmarks.md"
+    page.parent.mkdir()
+    assert command("report", directory, "--out", page).code == 0
+    text = page.read_text()
+    assert (directory / "table.md").read_text().strip() in text
+    linked = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(linked) == 2
+    for link in linked:
+        assert (page.parent / link).read_bytes()[:4] == b"\x89PNG"
+    refused = command("report", tmp_path, "--out", page)
+    assert (refused.code, "holds no finished comparison" in refused.message) == (2, True)
+    assert "is on the page already" in command("report", directory, directory, "--out", page).message
+
+
+def test_a_damaged_file_never_counts(tiny, tmp_path):
+    directory, _ = tiny
+    cell = load(directory / "config.yaml").cells[0]
+    (path,) = (directory / "cells").glob("*.npz")
+    content = path.read_bytes()
+    assert len(cells._stored(cell, directory / "cells")) == 6
+    (tmp_path / path.name).write_bytes(content[: len(content) // 2])
+    (tmp_path / path.with_suffix(".part1").name).write_bytes(content)
+    assert cells._stored(cell, tmp_path) == {}
+
+
+# ---- Tuning and divergence, without running anything -----------------------------------------------------
+
+
+def fake(tmp_path, final, grid="[0.1, 1, 10]"):
+    """An outcome whose runs end at `final`, [grid point, seed], the tuning seed first."""
+    text = f"{SMALL}methods: [{{name: m_sobirl, grid: {{learning_rate: {grid}}}}}]\n"
+    cell = load(write(tmp_path, text + "seeds: [0, 1]\ntuning_seeds: [7]\npoints: 1")).cells[0]
+    last = np.asarray(final, float).reshape(-1)
+    ones = np.ones((2, last.size))
+    return Outcome(cell, None, Curves(ones, ones, ones, np.stack([np.zeros_like(last), last]), ones, None), [])
+
+
+def test_tuning_takes_the_best_on_the_tuning_seeds(tmp_path):
+    # The reported seeds alone would choose the last.
+    made = fake(tmp_path, [[3, 1, 1], [2, 5, 7], [4, 0, 0]])
+    (row,) = tables.rows([made])
+    assert row.settings == {"learning_rate": 1.0}
+    assert (row.mean, row.standard_error) == (6, 1)
+
+
+def test_a_diverged_tuning_run_comes_last_and_a_reported_one_is_said(tmp_path):
+    (row,) = tables.rows([fake(tmp_path, [[np.nan, 1, 1], [9, 5, np.inf], [np.nan, 0, 0]])])
+    assert row.settings == {"learning_rate": 1.0}
+    assert row.diverged == 1
+    assert np.isnan(row.mean)
+    assert not row.best
+    assert tables.entry(row) == "diverged (1 of 2)"
+    (row,) = tables.rows([fake(tmp_path, np.full((3, 3), np.nan))])
+    assert row.diverged == 2
+    assert "diverged (2 of 2)" in tables.markdown([row])
+
+
+# ---- Races ----------------------------------------------------------------------------------------------
+
+
+class Wild(bj.problems.synthetic.Synthetic):
+    """An objective without a minimum: steps that are too long leave the floats."""
+
+    def objective(self, x, solution):
+        return -jnp.sum(jnp.exp(x**2)) + jnp.sum(solution.policy) * 0
+
+
+def test_a_diverged_run_ends_and_the_others_go_on_until_budget_or_deadline():
+    plain = bj.problems.make("synthetic", states=3, actions=2, dimension=2)
+    method = METHODS["m_sobirl"]
+    entries = [Entry(method.options(), {"name": "sgd", "learning_rate": rate}, 0) for rate in (1e-6, 1e3)]
+    race = Race(method, Wild(**vars(plain)), entries, 3000)
+    race.cuts([0, 1], 1000.0)
+    chunk = Cut([0, 1], [0, 1])
+    curves = race.run(chunk, np.array([1500.0, 3000.0]), np.full(2, np.inf))
+    calm, lost = curves.iterations[-1]
+    assert calm == 3000 // (13 * 6)
+    assert lost < 5
+    assert np.isfinite(curves.objective[:, 0]).all()
+    assert not np.isfinite(curves.objective[-1, 1])
+    curves = race.run(chunk, np.full(2, np.inf), np.array([0.05, 0.15]))
+    assert 0.05 <= curves.seconds[1] < 0.15 <= curves.seconds[2] < 3
+    assert curves.iterations[2, 0] > curves.iterations[1, 0] > 8
+    assert curves.iterations[2, 1] == lost
+
+
+def test_factorizations_in_sweeps():
+    """2/3 S^3 operations over 2 S A K: S^2 / (3 A K)."""
+    mdp = bj.MDP(np.full((6, 2, 6), 1 / 6), np.zeros((6, 2)), 0.5)
+    assert factorization_sweeps(mdp) == pytest.approx((2 / 3 * 6**3) / (2 * 6 * 2 * 6))
+
+
+def test_what_does_not_apply_says_why():
+    problem = bj.problems.make("synthetic", states=3, actions=2, dimension=2)
+    assert METHODS["implicit"].applies(problem) is None
+    with pytest.raises(InputError, match="problem: Synthetic has no simulator"):
+        METHODS["hpgd"].build(problem, None)
+    assert "has no model" in (METHODS["implicit"].applies(object()) or "")
+
+
+# ---- Interruptions ----------------------------------------------------------------------------------------
+
+THREE = TINY.replace("  - hpgd\n", "  - {name: implicit, grid: {learning_rate: [0.1]}}\n  - {name: amd, sweeps: 2}\n")
+
+
+def results(directory):
+    """What a comparison found, without what a clock says."""
+    timed = ("seconds", "compile_seconds")
+    return [
+        {key: value for key, value in row.items() if key not in timed}
+        for name in ("table.csv", "curves.csv")
+        for row in read_rows(directory / name)
+    ]
+
+
+@pytest.mark.slow
+def test_goes_on_after_an_interruption_in_chunks(tmp_path, monkeypatch):
+    path = write(tmp_path, THREE)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command("compare", path, "--out", whole).code == 0
+    # So little memory that the first method's six runs go in several chunks; the second chunk is interrupted.
+    original, computed = Race.run, []
+
+    def run(race, chunk, *marks):
+        if len(computed) == 1:
+            raise KeyboardInterrupt
+        computed.append(chunk.runs)
+        return original(race, chunk, *marks)
+
+    limit = f"memory_limit_mb={two_runs(path)}"
+    monkeypatch.setattr(Race, "run", run)
+    called = command("compare", path, limit, "--out", cut)
+    assert called.code == 130
+    assert computed == [[0, 1]]
+    assert not (cut / "summary.json").exists()
+
+    def counted(race, chunk, *marks):
+        computed.append(chunk.runs)
+        return original(race, chunk, *marks)
+
+    monkeypatch.setattr(Race, "run", counted)
+    assert command("compare", path, limit, "--out", cut).code == 0
+    assert computed == [[0, 1], [2, 3], [4, 5], [0, 1], [0, 1]]
+    for one, other in zip(results(whole), results(cut), strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            if key in ("objective", "gradient_norm", "mean", "standard_error"):
+                assert float(other[key]) == pytest.approx(float(value), rel=1e-7, abs=1e-9)
+            else:
+                assert other[key] == value
+    # A changed method is run again, the others are not; and the old one's runs are still there.
+    computed.clear()
+    assert command("compare", path, limit, "methods.2.sweeps=3", "--out", cut).code == 0
+    assert computed == [[0, 1]]
+    assert command("compare", path, limit, "--out", cut).code == 0
+    assert len(computed) == 1
+
+
+def two_runs(path):
+    """MiB that two runs of the first cell need, and not three."""
+    cell = load(path).cells[0]
+    options = [cell.options_at(setting) for setting in cell.settings]
+    entries = [Entry(options[place], cell.optimizer_at(cell.settings[place]), seed) for place, seed in cell.runs]
+    race = Race(METHODS["m_sobirl"], cells.problem_of(cell), entries, cell.budget["transitions"])
+    race.cuts([0, 1], 1e6)
+    return compare_bytes(race) / 2**20
+
+
+def compare_bytes(race):
+    from bilevel_jax.runner.chunks import _bytes
+
+    return _bytes(race._advance)
+
+
+@pytest.mark.slow
+def test_goes_on_after_a_kill(tmp_path):
+    path, out = write(tmp_path, THREE), tmp_path / "out"
+    line = [sys.executable, "-m", "bilevel_jax.runner.cli", "compare", path, "--out", out]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("cells/*.npz")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = {file: file.stat().st_mtime_ns for file in out.glob("cells/*.npz")}
+    assert len(kept) in (1, 2)
+    assert not (out / "summary.json").exists()
+    called = command("compare", path, "--out", out)
+    assert called.code == 0
+    assert called.out.count(" s each") == 3 - len(kept)
+    assert all(file.stat().st_mtime_ns == when for file, when in kept.items())
+    again = tmp_path / "again"
+    assert command("compare", path, "--out", again).code == 0
+    assert results(out) == results(again)
+
+
+@pytest.mark.slow
+def test_quick(tmp_path):
+    """The config of the repository: exact methods and one from samples, all improve."""
+    quick = Path(__file__).parents[1] / "configs" / "compare" / "quick.yaml"
+    out = tmp_path / "out"
+    assert command("compare", quick, "--out", out).code == 0
+    rows = read_rows(out / "table.csv")
+    assert len(rows) == 8
+    curves = read_rows(out / "curves.csv")
+    for row in rows:
+        if not row["does_not_apply"]:
+            own = [r for r in curves if (r["problem"], r["method"]) == (row["problem"], row["method"])]
+            start = np.mean([float(r["objective"]) for r in own if r["point"] == "0" and r["tuning"] == "0"])
+            assert float(row["mean"]) < start
+            assert row["diverged"] == "0"
+    assert compare.PACKAGES[0] in (out / "index.html").read_text()

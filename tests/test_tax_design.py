@@ -144,6 +144,19 @@ def test_twenty_steps_of_adam_raise_welfare():
     assert rates[1:, 0].min() > 0.5
 
 
+def test_single_precision_stays_single():
+    """Under strict promotion, which the tests have on. Nothing is computed."""
+    problem = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make())
+
+    def everything(problem, x, policy):
+        simulator, behaviour = problem.simulator(x), problem.behaviour(policy)
+        simulated = rollout(KEY, simulator, behaviour, batch=2, horizon=3)
+        return problem.mdp(x), problem.welfare(x), simulated.state[1], simulated.reward
+
+    made = jax.eval_shape(everything, problem, X.astype(jnp.float32), jnp.ones((2, 21, 81), jnp.float32))
+    assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype("float32")}
+
+
 def test_panels():
     problem, solution = make(), exact().made.solution
     work, *goods = problem.panels(X, solution)
@@ -169,7 +182,7 @@ def test_panels():
         ("hours_levels", 1, "hours_levels must be a whole number from 2 to 10000, got 1"),
         ("grid", 1, "grid must be a whole number from 2 to 10000, got 1"),
         ("grid", 2000, "grid: 2000 points make a transition of 324000000 entries"),
-        ("noise", 0.0, "noise must be above 0, got 0; without noise"),
+        ("noise", 0.0, "noise must be above 0, got 0; 5 is usual; without it"),
         ("largest_assets", -1.0, "largest_assets must be above 0, got -1; 100 is usual"),
         ("max_rate", 0.0, "max_rate must be above 0, got 0; 2 is usual"),
         ("wage", -1.0, "wage must be at least 0, got -1; 1 is usual"),

@@ -85,8 +85,8 @@ class TaxDesign(eqx.Module):
     Income tax enters the dynamics, so that this is no `bilevel_jax.SampledProblem`, whose dynamics do not depend on x.
     `simulator(x)` simulates the economy at given rates, with rounded or with continuous assets.
 
-    The published numbers, where they differ: hours_levels=10, spending_levels=5, continuous assets that are clipped
-    before the noise, which is truncated; policies that choose hours and goods independently; periods end after 200.
+    Published otherwise: 10 levels of hours and 5 of spending; continuous assets, clipped before the noise, which is
+    truncated; episodes of 200 periods; policies that choose hours and goods independently of each other.
 
     Raises:
       InputError: sizes or numbers out of range, shares or preferences that are none, too large a transition.
@@ -125,7 +125,7 @@ class TaxDesign(eqx.Module):
         self.hours, self.spending = actions[:, 0], actions[:, 1:]
         largest = as_positive(options, "largest_assets", "100 is usual")
         self.assets = largest * jnp.linspace(-1, 1, options.grid)
-        self.noise = as_positive(options, "noise", "without noise the rates would shift assets by jumps of a cell")
+        self.noise = as_positive(options, "noise", "5 is usual; without it assets would jump by cells")
         self.max_rate = as_positive(options, "max_rate", "2 is usual")
         self.wage = as_number(options, "wage", 0, "1 is usual")
         self.work_disutility = as_number(options, "work_disutility", 0, "0 makes work free")

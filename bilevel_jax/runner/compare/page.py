@@ -23,8 +23,8 @@ p, li { max-width: 76ch; }
 .soft, figcaption { color: var(--soft); font-size: .9rem; }
 nav a { color: var(--mark); text-decoration: none; margin-right: 1.1rem; white-space: nowrap; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .8rem 0; font-size: .92rem; }
-th, td { padding: .38rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+table { border-collapse: collapse; margin: .8rem 0; font-size: .88rem; }
+th, td { padding: .36rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); }
 th:first-child, td:first-child, .left { text-align: left; }
 td { font-variant-numeric: tabular-nums; }

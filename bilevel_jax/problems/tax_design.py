@@ -216,9 +216,7 @@ class TaxDesign(eqx.Module):
         """Probabilities of the grid's cells [..., S] under a normal distribution; the outermost have its tails."""
         borders = (self.assets[1:] + self.assets[:-1]) / 2
         below = ndtr((borders - mean[..., None]) / deviation)
-        below = jnp.pad(below, [(0, 0)] * mean.ndim + [(1, 0)])
-        upto = jnp.concatenate([below[..., 1:], jnp.ones_like(below[..., :1])], -1)
-        return jnp.maximum(upto - below, 0)  # rounding may leave -1e-17
+        return jnp.maximum(jnp.diff(below, prepend=0.0, append=1.0), 0)  # rounding may leave -1e-17
 
 
 class Household(Environment):

@@ -16,9 +16,10 @@ FOLDER = Path(__file__).parents[1] / "docs" / "images" / "problems"
 LEARNING_RATE, ITERATIONS = 0.05, 600
 # By name of the picture: the problem, its options, and another number of iterations where it takes one.
 VARIANTS = {
-    "four_rooms": ("four_rooms", {}, 1500),
+    "four_rooms": ("four_rooms", {"temperature": 0.005}, 1500),
     "four_rooms_doors": ("four_rooms", {"penalties": "doors", "closed": 0.2, "temperature": 0.005}, 1500),
     "reward_shaping_grid": ("reward_shaping", {"layout": "grid", "temperature": 0.02}, 600),
+    "synthetic": ("synthetic", {}, 20),  # at its minimum all is 0
     "tax_design": ("tax_design", {}, 300),
 }
 CASES = {name: (name, {}, ITERATIONS) for name in bj.problems.names()} | VARIANTS
@@ -38,7 +39,7 @@ def draw(case: str) -> Path:
     solution = bj.solve(problem.mdp(state.x), problem.regularizer(state.x))
     title = f"{case.replace('_', ' ')}: objective {info.objective[0]:.3g} at the start, {info.objective[-1]:.3g} here"
     path = FOLDER / f"{case}.png"
-    picture(problem, state.x, solution, title).savefig(path, dpi=75, bbox_inches="tight")
+    picture(problem, state.x, solution, title).savefig(path, dpi=70, bbox_inches="tight")
     return path
 
 

@@ -11,7 +11,8 @@ from bilevel_jax.problems.grid import MOVES, Grid
 class HeatMap(NamedTuple):
     """Numbers in cells: of a map, or of a table such as [states, actions].
 
-    Those of one picture that have the same `label` share their colours.
+    Those of one picture that have the same `label` share their colours, which start at 0; where it begins with
+    "probability" they end at 1.
     """
 
     title: str

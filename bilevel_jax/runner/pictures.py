@@ -56,7 +56,7 @@ def _width(panel: Any) -> float:
     if isinstance(panel, Curves):
         return 4.4
     height, width = panel.values.shape
-    return min(max(HEIGHT * width / height, 2.2), 5.5) + 0.6
+    return min(max(HEIGHT * width / height, 2.2), 4.6) + 0.6
 
 
 def _scales(panels: Sequence[Any]) -> dict[str, tuple[Colormap, Normalize]]:
@@ -66,6 +66,8 @@ def _scales(panels: Sequence[Any]) -> dict[str, tuple[Colormap, Normalize]]:
         values = [panel.values for panel in panels if isinstance(panel, HeatMap) and panel.label == label]
         low = min(0.0, *(float(np.nanmin(v)) for v in values))
         high = max(0.0, *(float(np.nanmax(v)) for v in values))
+        if label.startswith("probability"):
+            high = 1.0
         if low < 0 < high:
             low, high = -max(-low, high), max(-low, high)
         colors = SIGNED if low < 0 < high else mpl.colormaps["Reds_r" if low < 0 else "Greens"]

@@ -109,7 +109,8 @@ def pbrl(
 
     with Q = Q^pi (value) or Q* (bellman). At rate 1 and without f it is policy iteration, so that one
     step follows x; f's part is a fixed-point iteration, which converges where weight * temperature * d is
-    above f's curvature in pi (else lower `rate`). An error of either policy counts weight times in the gradient.
+    above f's curvature in pi (else lower `rate`). An error of either policy counts weight times in the gradient: where x
+    moves far at once, 3 steps follow it and 1 does not.
 
     Ours, the paper's text leaving it open or taking gradient steps in the policy's probabilities: the
     preconditioning, that x moves after the policies instead of at once, one `optimizer` for x of any kind.

@@ -102,18 +102,20 @@ def pbrl(
     the inner policy, held fixed (the envelope theorem), and V^pi is a policy's own value. The gradient in x at
     the pi that minimizes F differs from the hyper-gradient by O(1 / weight).
 
-    The inner policy is the paper's oracle. The penalized policy's step is mirror descent as the paper has it
-    for policies, preconditioned by the discounted visits d of rho (value) or by rho (bellman):
+    The inner policy is the paper's oracle. The penalized policy's step is mirror descent, preconditioned by the
+    discounted visits d of rho (value) or by rho (bellman):
 
       y <- (1 - rate) y + rate (Q - (df/dpi) / (weight d)),   pi = grad Omega*(y),
 
     with Q = Q^pi (value) or Q* (bellman). At rate 1 and without f it is policy iteration, so that one
     step follows x; f's part is a fixed-point iteration, which converges where weight * temperature * d is
-    above f's curvature in pi (else lower `rate`). An error of either policy counts weight times in the gradient: where x
-    moves far at once, 3 steps follow it and 1 does not.
+    above f's curvature in pi (else lower `rate`). An error of either policy counts weight times in the
+    gradient: where x moves far at once, 3 steps follow it and 1 does not.
 
-    Ours, the paper's text leaving it open or taking gradient steps in the policy's probabilities: the
-    preconditioning, that x moves after the policies instead of at once, one `optimizer` for x of any kind.
+    From the paper: the penalties, their gradients, and descent in x and policy on f + weight * p beside an
+    oracle. Ours: the policy's parameter and its preconditioned step, rho, that x moves after the policies
+    instead of at once, any optimizer of x, any smooth regularizer, f of value and action values too. No
+    equations are cited: neither the authors' code nor the paper's full text was at hand.
 
     Args:
       problem: a `Problem` with a smooth regularizer; its numbers are leaves.

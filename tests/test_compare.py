@@ -11,14 +11,17 @@ from html import escape
 from itertools import chain
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from runner_helpers import command, read_rows, write
 
 import bilevel_jax as bj
 from bilevel_jax.errors import InputError
+from bilevel_jax.functions import tabulate
 from bilevel_jax.runner.chunks import Cut
 from bilevel_jax.runner.compare import cells, compare, tables
 from bilevel_jax.runner.compare.cells import Outcome, points, run_cell
@@ -83,8 +86,6 @@ def test_curves_are_exact_objectives_within_the_budget(tiny):
 
 def test_runs_are_those_of_the_algorithm(tiny):
     """One run by hand: same start, same optimizer, as many iterations."""
-    import optax
-
     made = outcome(tiny)
     problem = bj.problems.make("synthetic", states=3, actions=2, dimension=2)
     algorithm = bj.algorithms.m_sobirl(problem, optax.adam(0.2))
@@ -227,6 +228,55 @@ def test_a_diverged_run_ends_and_the_others_go_on_until_budget_or_deadline():
     assert 0.05 <= curves.seconds[1] < 0.15 <= curves.seconds[2] < 3
     assert curves.iterations[2, 0] > curves.iterations[1, 0] > 8
     assert curves.iterations[2, 1] == lost
+
+
+class Simulated(eqx.Module):
+    """Garnet without its model: what `SampledProblem` asks for and a start, no mdp(x)."""
+
+    inner: bj.problems.garnet.Garnet
+
+    def __getattr__(self, name):
+        if name not in ("environment", "discount", "loss_discount", "horizon", "trajectories"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def start(self, key):
+        return self.inner.start(key)
+
+    def reward(self, x):
+        return self.inner.reward(x)
+
+    def regularizer(self, x):
+        return self.inner.regularizer(x)
+
+    def loss(self, key, x, trajectories):
+        return self.inner.loss(key, x, trajectories)
+
+
+@pytest.mark.slow
+def test_without_a_model_the_objective_is_estimated():
+    garnet = bj.problems.make("garnet", states=4, actions=2, branching=2, discount=0.6, horizon=30)
+    problem, method = Simulated(garnet), METHODS["zero_order"]
+    assert "agent: soft_q_learning" in (method.applies(problem) or "")
+    options = method.options(batch=4, agent={"name": "soft_q_learning", "processes": 8, "steps": 16})
+    assert method.applies(problem, options) is None
+    entry = Entry(options, {"name": "sgd", "learning_rate": 1e-3}, 3)
+    race = Race(method, problem, [entry], samples=4000)
+    curves = race.run(Cut([0], [0]), np.array([2000.0]), np.full(1, np.inf))
+    # Two agents of 8 processes and 16 steps, two batches of 4 trajectories.
+    each = 2 * (8 * 16 + 4 * 30)
+    assert curves.iterations[-1, 0] == 2000 // each
+    assert curves.transitions[-1, 0] == 2000 // each * each
+    assert np.isnan(curves.gradient_norm).all()
+    # The policy that the agent has after as many steps, evaluated on the model that the race did not know.
+    inputs = race._inputs([0])
+    progress, _ = race._timed(inputs, race._start(*inputs), jnp.asarray(2000.0), 1000)
+    state = jax.tree.map(lambda leaf: leaf[0], progress.state)
+    policy = tabulate(race._algorithms[0].policy(state), 4).values
+    mdp = bj.MDP(garnet.transition, garnet.cost + garnet.price / 2 * state.x**2, garnet.discount)
+    exact = bj.policy_value(mdp, policy) @ mdp.initial
+    # Losses have a standard deviation below 3.
+    assert curves.objective[-1, 0] == pytest.approx(float(exact), abs=5 * 3 / 4000**0.5)
 
 
 def test_factorizations_in_sweeps():

@@ -1,5 +1,6 @@
 """The cells of a comparison, a method on a problem each: run, and kept on disk chunk by chunk."""
 
+import functools
 import json
 import os
 import time
@@ -80,7 +81,13 @@ def race_of(cell: Cell) -> Race | str:
 
 def problem_of(cell: Cell) -> Any:
     """The problem of the cell's section."""
-    return build_problem({k: v for k, v in cell.problem.items() if k != "label"})
+    return _problem(json.dumps(cell.problem), cell.shared["precision"])
+
+
+@functools.lru_cache(maxsize=1)  # cells go problem by problem
+def _problem(section: str, precision: str) -> Any:
+    del precision
+    return build_problem({k: v for k, v in json.loads(section).items() if k != "label"})
 
 
 def points(cell: Cell) -> tuple[np.ndarray, np.ndarray]:

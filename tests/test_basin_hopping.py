@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import bilevel_jax as bj
-from bilevel_jax.algorithms import UpperLevel, basin_hopping, hpgd, implicit
+from bilevel_jax.algorithms import Cooling, UpperLevel, basin_hopping, hpgd, implicit
 
 # Two states, two actions: phi as a function of one number, with two wells of which the nearer is the worse.
 TRANSITION = jnp.array([[[0.9, 0.1], [0.1, 0.9]], [[0.8, 0.2], [0.3, 0.7]]])
@@ -84,6 +84,27 @@ def test_schedules_start_anew_with_each_descent():
         seen.append(float(info.gradient_norm))
     # The same start, the same descent, to the perturbation.
     np.testing.assert_allclose(seen[0], seen[1], rtol=1e-5)
+
+
+def test_a_cooling_starts_anew_and_lower():
+    # Without rewards V = factor log 2 here, which is the gradient of f; the descent is shorter than the cooling.
+    problem = bj.BilevelProblem(lambda x: mdp(0 * x), bj.ShannonEntropy(0.5), lambda x, s: x[0] * s.value[0])
+    upper = UpperLevel(optax.sgd(0.0), temperature=Cooling(16.0, 8))
+    warm = basin_hopping(implicit(problem, upper), descent=5, spread=1e-9, fresh=1.0)
+    state, factors = warm.init(None, START), []
+    for key in jax.random.split(jax.random.key(0), 6):
+        state, info = warm.step(key, state)
+        factors.append(float(info.gradient_norm) / np.log(2))
+    np.testing.assert_allclose(factors[0], 16.0 ** (1 - 4 / 8), rtol=1e-10)
+    others = np.sort(factors[1:])
+    assert 1 <= others[0] < others[-1] < 4
+    assert np.diff(others).min() > 1e-6
+
+
+@pytest.mark.parametrize(("start", "steps", "message"), [(0.0, 5, "start must be above 0"), (2.0, 0, "steps must be")])
+def test_coolings_are_checked(start, steps, message):
+    with pytest.raises(bj.InputError, match=message):
+        Cooling(start, steps)
 
 
 def test_vmapped_over_seeds_and_other_numbers_do_not_compile_again():

@@ -12,12 +12,13 @@ from bilevel_jax.algorithms.pbrl import pbrl
 from bilevel_jax.algorithms.protocol import Algorithm
 from bilevel_jax.algorithms.sobirl import Reuse, sobirl
 from bilevel_jax.algorithms.stoc_sobirl import StocSchedule, stoc_schedule, stoc_sobirl
-from bilevel_jax.algorithms.upper import UpperLevel
+from bilevel_jax.algorithms.upper import Cooling, UpperLevel
 from bilevel_jax.algorithms.zero_order import zero_order
 
 __all__ = [
     "Algorithm",
     "Attenuation",
+    "Cooling",
     "Reuse",
     "StocSchedule",
     "UpperLevel",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.upper import Cooling
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level
 from bilevel_jax.solvers import solve
@@ -65,7 +66,7 @@ def basin_hopping(algorithm: Any, *, descent: int = 300, spread: Any = 3.0, fres
     schedules of its step size and of the problem's temperature (`UpperLevel`) start anew.
 
     Args:
-      algorithm: e.g. `implicit(problem, UpperLevel(optimizer, temperature=schedule))`, or `m_sobirl`.
+      algorithm: e.g. `implicit(problem, UpperLevel(optimizer, temperature=Cooling(5, 100)))`, or `m_sobirl`.
       descent: its iterations a step (static).
       spread: standard deviation of the perturbation at most, in units of x.
       fresh: probability of a start around the given x.
@@ -93,11 +94,12 @@ def basin_hopping(algorithm: Any, *, descent: int = 300, spread: Any = 3.0, fres
 @jax.jit
 def _step(hopping, key, state):
     problem = hopping.problem
-    for_start, for_descent = jax.random.split(key)
-    inner = hopping.algorithm.init(for_descent, _start(hopping, for_start, state))
+    for_start, for_heat, for_descent = jax.random.split(key, 3)
+    algorithm = _reheated(hopping.algorithm, for_heat, state)
+    inner = algorithm.init(for_descent, _start(hopping, for_start, state))
 
     def iterate(inner, i):
-        return hopping.algorithm.step(jax.random.fold_in(for_descent, i), inner)
+        return algorithm.step(jax.random.fold_in(for_descent, i), inner)
 
     inner, infos = lax.scan(iterate, inner, jnp.arange(hopping.descent))
     found = problem.objective(inner.x, solve(*lower_level(problem, inner.x))).astype(state.objective.dtype)
@@ -105,6 +107,15 @@ def _step(hopping, key, state):
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), inner.x, state.x)
     objective = jnp.where(better, found, state.objective)
     return BasinHoppingState(best, objective, state.origin, state.iteration + 1), _summed(infos, objective)
+
+
+def _reheated(algorithm, key, state):
+    """The algorithm, with another start of its cooling after the first descent."""
+    if not isinstance(algorithm.upper.temperature, Cooling):
+        return algorithm
+    share = jnp.where(state.iteration == 0, 1, jax.random.uniform(key))
+    start = algorithm.upper.temperature.start
+    return eqx.tree_at(lambda a: a.upper.temperature.start, algorithm, start ** share.astype(start.dtype))
 
 
 def _start(hopping, key, state):

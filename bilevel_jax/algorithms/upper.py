@@ -15,7 +15,7 @@ from bilevel_jax.hypergradient import Problem
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.solvers import Solution
-from bilevel_jax.validation import require_instance
+from bilevel_jax.validation import as_float, require_instance, require_positive
 
 
 class UpperLevel(eqx.Module):
@@ -29,10 +29,9 @@ class UpperLevel(eqx.Module):
         each update of the optimizer (projected gradient), and at the start. An info's `stationarity`
         is then |x - projection(x - gradient)|_2, which is 0 exactly at points that satisfy the first-order
         conditions; without a projection it is the gradient's norm.
-      temperature: iteration -> factor that multiplies the problem's temperature, e.g.
-        `optax.exponential_decay(10.0, 1_000, 0.1, end_value=1.0)`: continuation from ten times the temperature
-        to the problem's own in a thousand iterations. Objective and gradient are those of the problem at the
-        current temperature.
+      temperature: iteration -> factor that multiplies the problem's temperature, e.g. `Cooling(10, 1_000)`:
+        continuation from ten times the temperature to the problem's own in a thousand iterations. Objective and
+        gradient are those of the problem at the current temperature.
 
     Raises:
       InputError: an optimizer of another type, a projection or a schedule that is not callable.
@@ -74,6 +73,25 @@ class UpperLevel(eqx.Module):
         step = jax.tree.map(lambda leaf, to: leaf - to, x, self.project(moved))
         stationarity = optax.tree.norm(gradient if self.projection is None else step)
         return self.project(optax.apply_updates(x, updates)), optimizer_state, stationarity
+
+
+class Cooling(eqx.Module):
+    """A schedule of the temperature: the factor start^(1 - iteration / steps), and 1 from `steps` iterations on.
+
+    Raises:
+      InputError: a start or steps that are not above 0.
+    """
+
+    start: jax.Array
+    steps: jax.Array
+
+    def __init__(self, start: Any, steps: Any):
+        self.start, self.steps = as_float("start", start, float), as_float("steps", steps, float)
+        require_positive("start", self.start, "10 begins at ten times the temperature")
+        require_positive("steps", self.steps, "it is the number of iterations until the problem's own temperature")
+
+    def __call__(self, iteration: Any) -> jax.Array:
+        return self.start ** jnp.maximum(0, 1 - iteration / self.steps)
 
 
 def as_upper_level(optimizer: Any) -> UpperLevel:

@@ -22,6 +22,7 @@ from bilevel_jax.runner.schema import STRICT_KEYS
 STUDIES = {
     "accuracy": "AccuracyOptions",
     "agents": "AgentsOptions",
+    "preferences": "PreferencesOptions",
     "rates": "RatesOptions",
     "samples": "SamplesOptions",
     "truncation": "TruncationOptions",

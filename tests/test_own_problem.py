@@ -91,4 +91,4 @@ def test_map_of_the_page(folder):
     section = load(folder / "map.yaml").values["problem"]
     problem = bj.problems.make(**section)
     assert (problem.grid.walls == (np.array([list(row) for row in section["rows"]]) == "x")).all()
-    assert len(problem.grid.cells) == 13
+    assert len(problem.grid.cells) == 14

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -289,14 +288,9 @@ def _implicit(problem, optimizer, options, transitions):
 
 def _continuation(problem, optimizer, options, transitions):
     upper = as_upper_level(optimizer)
-    schedule = jax.tree_util.Partial(_cooling, jnp.asarray(options.start, float), jnp.asarray(options.steps, float))
+    schedule = bj.algorithms.Cooling(options.start, options.steps)
     upper = bj.algorithms.UpperLevel(upper.optimizer, projection=upper.projection, temperature=schedule)
     return _implicit(problem, upper, options, transitions)
-
-
-def _cooling(start: jax.Array, steps: jax.Array, iteration: jax.Array) -> jax.Array:
-    """start^(1 - iteration / steps), then 1."""
-    return start ** jnp.maximum(0, 1 - iteration / steps)
 
 
 def _baseline(problem: Any) -> Any:

@@ -135,7 +135,8 @@ class Comparison:
     def cells(self) -> list[Cell]:
         """Every method on every problem, problem by problem."""
         problems, methods, budget = (self.values[key] for key in ("problems", "methods", "budget"))
-        shared = {key: value for key, value in self.values.items() if key not in ("problems", "methods", "budget")}
+        lists = ("modules", "problems", "methods", "budget")
+        shared = {key: value for key, value in self.values.items() if key not in lists}
         return [
             Cell({k: v for k, v in problem.items() if k != "budget"}, method, problem["budget"] or budget, shared)
             for problem in problems
@@ -165,7 +166,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Comparison:
         points = Cell({}, method, {}, values).settings
         if len(points) > 1 and not values["tuning_seeds"]:
             raise source.error(f"methods.{i}.grid", f"{len(points)} points and no tuning_seeds to choose from them by")
-    return Comparison(Path(path).stem, {"problems": problems, "methods": methods, **values})
+    return Comparison(Path(path).stem, {"modules": source.modules, "problems": problems, "methods": methods, **values})
 
 
 def _expand(raw: dict[str, Any]) -> None:

@@ -26,24 +26,14 @@ def model_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
     search solves for a value and a slope of its own and counts as much as the iteration's hyper-gradient.
     The objective's own work is not counted.
     """
-    trials = optax.tree_utils.tree_get(state.optimizer_state, "num_linesearch_steps")
-    repeats = 1.0 if trials is None else 1 + _total(trials)
-    return repeats * _hypergradient_transitions(algorithm, state.x, info, 1)
-
-
-def basin_hopping_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:
-    """Those of a whole descent, whose counts `info` has. The solve that judges its end is not counted."""
-    return _hypergradient_transitions(algorithm.algorithm, state.x, info, algorithm.descent)
-
-
-def _hypergradient_transitions(algorithm: Any, x: Any, info: Any, formulas: int) -> jax.Array:
-    """Solves, as `info` counts them, and so many evaluations of the hyper-gradient formula."""
-    mdp = jax.eval_shape(algorithm.problem.mdp, x)
+    mdp = jax.eval_shape(algorithm.problem.mdp, state.x)
     lower, adjoint = solvers_of(algorithm)
-    sweeps = _lower_sweeps(lower, mdp, info) + formulas
+    sweeps = _lower_sweeps(lower, mdp, info) + 1
     if info.adjoint_stats is not None:
         sweeps += solve_sweeps(adjoint, mdp) * _total(info.adjoint_stats.steps)
-    return sweeps * (mdp.num_states * mdp.num_actions)
+    trials = optax.tree_utils.tree_get(state.optimizer_state, "num_linesearch_steps")
+    repeats = 1.0 if trials is None else 1 + _total(trials)
+    return sweeps * repeats * (mdp.num_states * mdp.num_actions)
 
 
 def amd_transitions(algorithm: Any, state: Any, info: Any) -> jax.Array:

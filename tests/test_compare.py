@@ -153,6 +153,11 @@ def test_report(tiny, tmp_path):
     assert len(linked) == 2
     for link in linked:
         assert (page.parent / link).read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "others.md").write_text("# Others\n\n| a |\n|---|\n| 1 |\n\n## A part\n")
+    assert command("report", tmp_path / "others.md", directory, "--out", page).code == 0
+    assert "\n## Others\n" in page.read_text()
+    assert "\n### A part\n" in page.read_text()
+    assert "none.md: No such file" in command("report", tmp_path / "none.md", "--out", page).message
     refused = command("report", tmp_path, "--out", page)
     assert (refused.code, "holds no finished comparison" in refused.message) == (2, True)
     assert "is on the page already" in command("report", directory, directory, "--out", page).message

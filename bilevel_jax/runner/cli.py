@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(command=_compare)
     report = commands.add_parser("report", help="one Markdown page of several comparisons")
-    report.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="what --out of a comparison was")
+    help_of_sources = "what --out of a comparison was, or a Markdown file"
+    report.add_argument("sources", nargs="+", type=Path, metavar="DIR", help=help_of_sources)
     report.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page, e.g. docs/benchmarks.md")
     report.set_defaults(command=_report)
     study = commands.add_parser("study", help="run a study", description="Run a study; see configs/studies/.")
@@ -104,7 +105,7 @@ def _compare(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from bilevel_jax.runner.compare.report import report
 
-    for path in report(options.directories, options.out):
+    for path in report(options.sources, options.out):
         print(path)
 
 

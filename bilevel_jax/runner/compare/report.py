@@ -1,4 +1,4 @@
-"""Several comparisons as one Markdown page, from the files in their directories alone."""
+"""Several comparisons, and tables of other benchmarks, as one Markdown page, from their files alone."""
 
 import json
 import re
@@ -13,11 +13,16 @@ from bilevel_jax.runner.compare.page import CLOCK, COUNTING, READING, budget_tex
 IMAGES = Path("images") / "benchmarks"
 
 
-def report(directories: Sequence[Path], page: Path) -> list[Path]:
+def report(sources: Sequence[Path], page: Path) -> list[Path]:
     """Write the page, and the comparisons' pictures to images/benchmarks beside it. Returns what was written.
 
+    Args:
+      sources: directories of finished comparisons; Markdown files (.md) stand on the page as they are, their
+        headings one level lower.
+      page: the file to write.
+
     Raises:
-      InputError: a directory has no finished comparison, two have the same name, or the page cannot be written.
+      InputError: a directory has no finished comparison, two have the same name, or a file cannot be read or written.
     """
     parts = [
         "# Benchmarks",
@@ -28,7 +33,10 @@ def report(directories: Sequence[Path], page: Path) -> list[Path]:
     try:
         images = page.parent / IMAGES
         images.mkdir(parents=True, exist_ok=True)
-        for directory in directories:
+        for directory in sources:
+            if directory.suffix == ".md":
+                parts.append(re.sub(r"^#", "##", directory.read_text().strip(), flags=re.MULTILINE))
+                continue
             summary = _summary(directory)
             if summary["config"] in names:
                 raise InputError(f"{directory}: a comparison {summary['config']!r} is on the page already; give one")
@@ -39,7 +47,9 @@ def report(directories: Sequence[Path], page: Path) -> list[Path]:
                 shutil.copyfile(directory / file, written[-1])
         page.write_text("\n\n".join(parts) + "\n")
     except OSError as error:
-        raise InputError(f"--out {page}: cannot be written ({error}); give another file") from None
+        raise InputError(
+            f"{error.filename or page}: {error.strerror or error}; give files that exist and can be written"
+        ) from None
     return written
 
 

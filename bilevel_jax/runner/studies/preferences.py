@@ -53,7 +53,7 @@ class PreferencesOptions:
     points: int = 12
     spread: float = 2.0
     ridge: float = 1.0
-    seeds: int = 20
+    seeds: int = 40
 
 
 def run(options: PreferencesOptions, directory: Path, report: Callable[[str], None]) -> None:
@@ -101,12 +101,11 @@ def _problem(options: PreferencesOptions, run: int) -> Any:
 def _curves(problem: Any, key: jax.Array, spread: Any, ridge: Any, *, labels: tuple[int, ...]) -> jax.Array:
     """The measures of one run, [4, points, 3]: of each source, and of the teacher's reward times its rationality."""
     keys = jax.random.split(key, 3)
-    x = problem.start(keys[0])
-    x = spread * jax.random.normal(keys[0], x.shape, x.dtype)
+    features = segment_features(problem)
+    x = spread * jax.random.normal(keys[0], features.shape[1:], features.dtype)
     first = _optimal(problem, problem.reward(x).values)
     even = jnp.full_like(first, 1 / first.shape[-1])
     measure = _measures(problem, even)
-    features = segment_features(problem)
     hidden = problem.segments(even, problem.hidden_reward)[2]
     row = jnp.arange(labels[-1])
 

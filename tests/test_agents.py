@@ -465,7 +465,7 @@ def test_float32(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SoftQLearning(keep=2.0), r"keep must be from 0 to 1, got 2\.0; 1 keeps all"),
+        (lambda: SoftQLearning(keep=2.0), r"keep must be from 0 to 1, got 2; 1 keeps all"),
         (lambda: SoftQLearning(step_size=0.0), r"step_size must be above 0, got 0; step sizes are"),
         (lambda: SoftQLearning(step_size="fast"), "step_size: expected an array of numbers, got str"),
         (lambda: ByVisits(0.1), "schedule: expected a function, got float; wrap it"),

@@ -29,6 +29,7 @@ tuning_seeds: [7]
 """
 
 
+@pytest.mark.slow  # builds all problems
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_of_the_repository(path):
     comparison = load(path)

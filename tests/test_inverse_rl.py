@@ -131,6 +131,7 @@ def test_agrees_with_the_dual_of_maximum_causal_entropy(visits):
     assert unlike < 1e-6 if visits is EXPERT else unlike > 0.1
 
 
+@pytest.mark.slow
 def test_drawn_demonstrations():
     few, many = (make(demonstrations=n, length=80, seed=seed).visits for n, seed in ((20, 0), (5000, 0)))
     total = (1 - DISCOUNT**80) / (1 - DISCOUNT)

@@ -104,6 +104,7 @@ def test_error_bounds_on_slow_chains(discount, states):
         assert float(made.error) <= 10 * error + rounding, name
 
 
+@pytest.mark.slow
 def test_the_default_stops_where_it_is_told_to():
     problem, x = grid(0.95, 0.2, states=600)
     calls = hypergradient_cache()

@@ -118,6 +118,7 @@ def descend(congestion):
     return info.objective, problem.load(bj.solve(problem.mdp(state.x), problem.regularizer(state.x)).policy)
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_adam_relieve_congestion():
     objective, load = jax.vmap(descend)(jnp.asarray([0.0, 3.0, 30.0]))
     assert (objective[:, -1] < 0.9 * objective[:, 0]).all()

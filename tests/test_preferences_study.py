@@ -110,6 +110,7 @@ def test_fit_in_single_precision():
     np.testing.assert_allclose(batch[1], (label - 0.5) @ features / 1e4, rtol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [0, 4])
 def test_segment_features_give_the_returns(features):
     made = problem(features=features)

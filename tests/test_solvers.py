@@ -198,6 +198,7 @@ def test_auto_is_resolved_by_structure():
         np.testing.assert_array_equal(auto.value, named.value)
 
 
+@pytest.mark.slow
 def test_a_batch_over_slow_dense_transitions_is_not_left_to_sweeps():
     # A ring takes thousands of sweeps, the uniform chain a few: one is done together, the other goes on by itself.
     states = 80

@@ -56,6 +56,7 @@ def descend(seeds, keys, options):
     return jax.vmap(lambda seed: jax.vmap(lambda key: one(seed, key))(keys))(seeds)
 
 
+@pytest.mark.slow
 def test_descent_finds_what_brute_force_finds():
     """Over all policies of the leader on a grid of steps of 0.05, in four games; in one of them it has to mix."""
     first, second = np.meshgrid(POINTS, POINTS, indexing="ij")

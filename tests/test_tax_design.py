@@ -137,6 +137,7 @@ def descend(weight):
     return info.objective, problem.max_rate * jax.nn.sigmoid(state.x)
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_adam_raise_welfare():
     objective, rates = jax.vmap(descend)(jnp.asarray([0.0, 5.0, 20.0]))
     assert (objective[:, -1] < objective[:, 0] - 5).all()

@@ -13,7 +13,7 @@ from bilevel_jax.algorithms.protocol import ModelInfo
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import backup
 from bilevel_jax.errors import InputError
-from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level, require_problem
+from bilevel_jax.hypergradient import Problem, lower_level, require_problem
 from bilevel_jax.mdp import over_batch
 from bilevel_jax.solvers import ValueIteration, read_out, solve
 
@@ -46,8 +46,7 @@ class AMD(eqx.Module):
           InputError: x is not floating point; outside jit, if the MDP or the regularizer at x is not valid.
         """
         del key
-        x = self.upper.project(as_upper_variable(x))
-        lower_level(self.problem, x)  # outside jit this looks at the values
+        x, *_ = self.upper.start(self.problem, x)
         return _init(self, x)
 
     def step(self, key: jax.Array, state: AMDState) -> tuple[AMDState, ModelInfo]:

@@ -13,7 +13,6 @@ from bilevel_jax.hypergradient import (
     Implicit,
     Method,
     Problem,
-    as_upper_variable,
     hypergradient,
     lower_level,
     require_problem,
@@ -51,8 +50,7 @@ class ImplicitDescent(eqx.Module):
           InputError: x is not floating point; outside jit, if the MDP or the regularizer at x is not valid.
         """
         del key
-        x = self.upper.project(as_upper_variable(x))
-        lower_level(self.problem, x)  # outside jit this looks at the values
+        x, *_ = self.upper.start(self.problem, x)
         return _init(self, x)
 
     def step(self, key: jax.Array, state: ImplicitDescentState) -> tuple[ImplicitDescentState, ModelInfo]:

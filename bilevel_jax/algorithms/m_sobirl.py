@@ -11,7 +11,7 @@ from bilevel_jax.adjoint import Descent, LinearSolver
 from bilevel_jax.algorithms.protocol import ModelInfo
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import greedy
-from bilevel_jax.hypergradient import Problem, as_upper_variable, implicit_gradient, lower_level, require_problem
+from bilevel_jax.hypergradient import Problem, implicit_gradient, lower_level, require_problem
 from bilevel_jax.mdp import over_batch
 from bilevel_jax.results import Result
 from bilevel_jax.solvers import Solution, Solver, SolveStats, ValueIteration, read_out, solve
@@ -64,8 +64,7 @@ class MSoBiRL(eqx.Module):
             regularizer at x is not valid.
         """
         del key
-        x = self.upper.project(as_upper_variable(x))
-        mdp, _ = lower_level(self.problem, x)  # outside jit this looks at the values
+        x, mdp, _ = self.upper.start(self.problem, x)
         pairs, states = mdp.reward.shape, mdp.reward.shape[:-1]
         starts = (("value", value, states), ("policy", policy, pairs), ("adjoint", adjoint, states))
         # As `step` returns them: a state of another type would compile it twice.

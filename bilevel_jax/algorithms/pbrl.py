@@ -12,7 +12,7 @@ from bilevel_jax.algorithms.protocol import ModelInfo
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import action_values
 from bilevel_jax.errors import InputError
-from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level, require_problem
+from bilevel_jax.hypergradient import Problem, lower_level, require_problem
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.occupancy import occupancy, regularized_policy_value
 from bilevel_jax.regularizers import Regularizer
@@ -65,8 +65,7 @@ class PBRL(eqx.Module):
             regularizer at x is not valid.
         """
         del key
-        x = self.upper.project(as_upper_variable(x))
-        _, regularizer = lower_level(self.problem, x)  # outside jit this looks at the values
+        x, _, regularizer = self.upper.start(self.problem, x)
         if not regularizer.smooth:
             raise InputError(
                 f"regularizer: pbrl needs a policy with a derivative, that of {type(regularizer).__name__} is "

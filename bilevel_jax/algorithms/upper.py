@@ -11,7 +11,7 @@ import optax
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import as_pytree
-from bilevel_jax.hypergradient import Problem
+from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.solvers import Solution
@@ -60,6 +60,15 @@ class UpperLevel(eqx.Module):
         with jax.numpy_dtype_promotion("standard"):  # optax's code need not keep to strict promotion
             projected = self.projection(x)
         return jax.tree.map(lambda to, leaf: to.astype(leaf.dtype), projected, x)
+
+    def start(self, problem: Problem, x: Any) -> tuple[Any, MDP, Regularizer]:
+        """x as arrays and projected, with the lower level there.
+
+        Raises:
+          InputError: x is not floating point; outside jit, if the MDP or the regularizer at x is not valid.
+        """
+        x = self.project(as_upper_variable(x))
+        return x, *lower_level(problem, x)
 
     def update(self, gradient: Any, optimizer_state: Any, x: Any, **values: Any) -> tuple[Any, Any, jax.Array]:
         """(next x, next state of the optimizer, stationarity at x).

@@ -23,7 +23,7 @@ LAST = POINTS // 10  # of them are averaged
 # The rate is a leaf of the optimizer's state: another one is no other program.
 UPPER = UpperLevel(optax.chain(optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax.sgd)(0.5)))
 SOLVER = bj.PolicyIteration(1e-10)
-SWEEPS = 5  # of AMD in an iteration; published: 100
+SWEEPS = 20  # of AMD in an iteration; published: 100
 BATCH = 250  # trajectories of HPGD in an iteration, of some 10,000 valid steps in all; published: 5 times 2,000 steps
 RADIUS = 0.1  # zero-order: u = RADIUS / iteration; published: the best of 0.01, 0.1, 0.5, 1
 Step = Callable[[Any, Any, jax.Array, jax.Array], Any]  # (algorithm, state, context, key) -> next state

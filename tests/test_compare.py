@@ -116,7 +116,7 @@ def test_table(tiny):
     assert "has no simulator" in second["does_not_apply"]
     assert (directory / "table.md").read_text() in printed
     assert "| few sweeps | **" in printed
-    assert "- hpgd: synthetic has no simulator" in printed
+    assert "- hpgd on synthetic: has no simulator" in printed
 
 
 def test_curves_file(tiny):

@@ -203,9 +203,12 @@ def markdown(made: Sequence[Row]) -> str:
 
 
 def not_applicable(made: Sequence[Row]) -> list[str]:
-    """'methods on a problem: why', one a problem and reason."""
-    grouped: dict[tuple[str, str], list[str]] = {}
+    """'methods on problems: why', one for the problems that the same methods do not apply to for the same reason."""
+    methods: dict[tuple[str, str], list[str]] = {}
     for row in made:
         if row.reason is not None:
-            grouped.setdefault((row.problem, row.reason), []).append(row.method)
-    return [f"{', '.join(methods)}: {problem} {reason}" for (problem, reason), methods in grouped.items()]
+            methods.setdefault((row.reason, row.problem), []).append(row.method)
+    problems: dict[tuple[str, str], list[str]] = {}
+    for (reason, problem), names in methods.items():
+        problems.setdefault((reason, ", ".join(names)), []).append(problem)
+    return [f"{names} on {', '.join(where)}: {reason}" for (reason, names), where in problems.items()]

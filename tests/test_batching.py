@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import but
 from jax.scipy.linalg import lu_factor, lu_solve
 
 import bilevel_jax as bj
@@ -43,10 +44,10 @@ def four_rooms_batch(count=3):
     return problem, jax.random.normal(jax.random.key(0), (count, 105))
 
 
-@pytest.mark.parametrize("adjoint", [bj.Direct(), bj.GMRES()], ids=["direct", "gmres"])
-def test_no_batched_lapack_call_is_made_on_the_cpu(adjoint):
+@pytest.mark.parametrize("name", but(["Direct"], ["Direct", "GMRES"]))
+def test_no_batched_lapack_call_is_made_on_the_cpu(name):
     """Two batched calls ready at once deadlock XLA's CPU thread pool; so there must be none at all."""
-    text = jax.jit(vmapped_hypergradient).trace(*four_rooms_batch(), adjoint).lower().as_text()
+    text = jax.jit(vmapped_hypergradient).trace(*four_rooms_batch(), getattr(bj, name)()).lower().as_text()
     calls = re.findall(r"stablehlo.custom_call @(?:lapack|blas)\w+\(.*?-> \((.*?)\)", text)
     calls += re.findall(r"stablehlo.custom_call @(?:lapack|blas)\w+\(.*?-> (tensor<.*?>)", text)
     shapes = [shape for call in calls for shape in re.findall(r"tensor<((?:\d+x)+)f\d+>", call)]

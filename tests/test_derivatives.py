@@ -12,6 +12,7 @@ from helpers import (
     LAYOUTS,
     STATES,
     WEIGHTS,
+    but,
     central_difference,
     flat,
     make_mdp,
@@ -111,7 +112,9 @@ def dot(a, b):
     return np.vdot(flat(a), flat(b))
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "layout"), but([("kl", "dense"), ("shannon", "successor"), ("tsallis", "successor")], CASES)
+)
 def test_first_derivatives(kind, layout):
     theta = parameters(kind, layout)
     gradient, forward, slow = (

@@ -99,7 +99,7 @@ def test_warm_started_hessian_vector_product():
         np.testing.assert_allclose(flat(product(cold.adjoint, bj.GMRES(1e-11), reverse)), want, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("transpose", but([True], [False, True]))
 def test_the_guess_serves_its_own_right_hand_side(transpose):
     rng = np.random.default_rng(0)
     weights, weights_dot = jnp.asarray(0.8 * PROCESS.reference), jnp.asarray(rng.normal(size=PROCESS.reference.shape))

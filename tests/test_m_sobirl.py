@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ACTIONS, KINDS, STATES, flat, random_process, upper_problem, upper_start
+from helpers import ACTIONS, KINDS, STATES, but, flat, random_process, upper_problem, upper_start
 
 import bilevel_jax as bj
 from bilevel_jax.problems.synthetic import Synthetic
@@ -83,7 +83,10 @@ def test_converges_to_a_stationary_point():
     np.testing.assert_allclose(result.value, 10 / (2 * 5), rtol=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "contexts"), [("shannon", False), ("tsallis", False), ("kl", True)])
+@pytest.mark.parametrize(
+    ("kind", "contexts"),
+    but([("shannon", False), ("kl", True)], [("shannon", False), ("tsallis", False), ("kl", True)]),
+)
 def test_exact_parts_give_the_hypergradient(kind, contexts):
     problem = upper_problem(kind, contexts)
     algorithm = bj.algorithms.m_sobirl(problem, optax.sgd(1e-2), lower=bj.PolicyIteration(), adjoint=bj.Direct())
@@ -98,7 +101,7 @@ def test_exact_parts_give_the_hypergradient(kind, contexts):
     assert abs(norms[-1] - norms[0]) > 1e-3  # x moved
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", but(["kl"], KINDS))
 def test_estimate_converges_where_x_stands_still(kind):
     problem, x = upper_problem(kind), upper_start()
     exact = flat(bj.hypergradient(problem, x, with_error=False).gradient)

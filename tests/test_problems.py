@@ -27,6 +27,12 @@ def make(name, **options):
     return bj.problems.make(name, **(OPTIONS.get(name, {}) | options))
 
 
+@functools.cache
+def hypergradient(name):
+    problem = make(name)
+    return bj.check(bj.hypergradient(problem, problem.start(KEY), with_error=False))
+
+
 def test_names_are_those_of_the_files():
     folder = Path(bj.problems.__file__).parent
     files = [path.stem for path in sorted(folder.glob("*.py")) if re.search(r"^register\(", path.read_text(), re.M)]
@@ -55,7 +61,7 @@ class TestEveryProblem:
         mdp, regularizer = problem.mdp(x), problem.regularizer(x)
         mdp.validate()
         regularizer.validate()
-        solution = bj.check(bj.solve(mdp, regularizer))
+        solution = hypergradient(name).solution
         assert problem.objective(x, solution).shape == ()
         figure = picture(problem, x, solution, name)
         figure.draw_without_rendering()
@@ -72,7 +78,7 @@ class TestEveryProblem:
     def test_hypergradient_against_differences(self, name):
         problem = make(name)
         x, d = problem.start(KEY), random_like(1, problem.start(KEY))
-        result = bj.check(bj.hypergradient(problem, x, with_error=False))
+        result = hypergradient(name)
         f = jax.jit(lambda x: problem.objective(x, bj.solve(problem.mdp(x), problem.regularizer(x))))
         np.testing.assert_allclose(result.value, f(x), rtol=1e-12)
         np.testing.assert_allclose(np.vdot(flat(result.gradient), flat(d)), central_difference(f, x, d)[0], rtol=1e-7)
@@ -227,7 +233,7 @@ def test_four_rooms_rewards_and_goals():
 
 
 @pytest.mark.parametrize(("temperature", "beta"), but([(0.05, 3.0)], [(0.003, 1.0), (0.05, 3.0)]))
-@pytest.mark.parametrize("layout", ["dense", "successor"])
+@pytest.mark.parametrize("layout", but(["dense"], ["dense", "successor"]))
 def test_four_rooms_objective(temperature, beta, layout):
     x = 3 * random_like(3, np.zeros(105))  # far enough from uniform for the penalties to matter
     problem = make("four_rooms", temperature=temperature, beta=beta, transition=layout)

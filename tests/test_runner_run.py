@@ -239,6 +239,7 @@ def test_runs_table(rooms):
         assert float(row["best_value"]) <= min(rooms.curve(number))
 
 
+@pytest.mark.slow
 def test_best_x_has_the_best_value(rooms):
     for number, point in enumerate(rooms.config.grid):
         exact = bj.hypergradient(problem_of(rooms.config, point), rooms.final["best_x"][number], with_error=False)

@@ -79,7 +79,7 @@ def test_projection_in_every_algorithm(name):
     assert int(state.iteration) == 1
 
 
-@pytest.mark.parametrize("name", but(["sobirl", "m_sobirl", "implicit"], ALGORITHMS))
+@pytest.mark.parametrize("name", but(["sobirl", "m_sobirl"], ALGORITHMS))
 def test_schedule_of_the_temperature_in_every_algorithm(name):
     problem, x = garnet(temperature=0.5), 0.1 * jax.random.normal(KEY, (5, 2))
     hot = garnet(temperature=2.0)

@@ -48,7 +48,7 @@ RATES = (0.5, 0.1, 0.05, 0.01)
 ITERATIONS = 10_000
 TUNING = 2_000
 TUNING_SEEDS = {"zero_order": (100, 101), "hpgd": (100, 101), "exact": (100,)}
-# Rates of the whole runs.
+# Learning rates of the runs of ITERATIONS.
 IN_FULL = {"hpgd": (0.5, 0.1), "zero_order": (0.5, 0.1), "amd": (0.5,), "hpgd_simulator": (0.5, 0.1), "exact": (0.5,)}
 TUNED_AS = {"amd": "exact", "hpgd_simulator": "hpgd"}
 COMPARED = {"hpgd_simulator": "hpgd", "exact": "amd"}  # with which published column
@@ -88,7 +88,8 @@ def run(method: str, cell: tuple[float, float], rate: float, seed: int, iteratio
         problem = eqx.tree_at(
             lambda p: (p.environment.successor, p.environment.threshold), problem, (walked.successor, walked.threshold)
         )
-    started, name = time.perf_counter(), "hpgd" if method == "hpgd_simulator" else method
+    name = "hpgd" if method == "hpgd_simulator" else method
+    started = time.perf_counter()
     block = jnp.asarray(iterations // methods.POINTS)
     values, _ = methods.trace(name, problem, jnp.asarray(rate), jax.random.key(seed), block)
     return {"values": np.round(np.asarray(values), 4).tolist(), "seconds": round(time.perf_counter() - started, 1)}

@@ -16,6 +16,8 @@ def one_at_a_time_on_cpu(function: Callable, unless: Callable[..., bool] | None 
     runs on 2 cores hang). Single calls never did. The result is not differentiable by itself: use it
     inside `lax.custom_linear_solve` or behind a custom derivative rule.
     """
+    # The rule below and each further use would trace `function` again; a jitted one is traced once for its shapes.
+    function = jax.jit(function)
     mapped = jax.custom_batching.custom_vmap(function)
 
     @mapped.def_vmap

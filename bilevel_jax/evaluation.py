@@ -28,6 +28,7 @@ def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = Non
     return _policy_value(mdp, _NoRegularizer(), policy, adjoint=adjoint)
 
 
+@jax.jit
 @over_batch
 def _policy_value(mdp, regularizer, policy, *, adjoint):
     del regularizer

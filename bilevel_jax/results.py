@@ -47,11 +47,15 @@ class Outcome(NamedTuple):
 
 def finite_outcome(value: jax.Array, gradient: Any, error_bound: jax.Array) -> Outcome:
     """Whether an objective (batch axes first) and its gradient, which no iteration looks at, are finite."""
+    return Outcome("objective or its gradient", _finite(value, gradient), error_bound)
+
+
+@jax.jit
+def _finite(value: jax.Array, gradient: Any) -> jax.Array:
     finite = jnp.isfinite(value)
     for leaf in jax.tree.leaves(gradient):
         finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(finite.ndim, leaf.ndim)))
-    result = jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
-    return Outcome("objective or its gradient", result, error_bound)
+    return jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
 
 
 class Reports(Protocol):

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import dtypes
 from jax.core import Tracer
 
 from bilevel_jax.errors import InputError
@@ -24,8 +25,13 @@ def is_known(*arrays: Any) -> bool:
 def as_array(name: str, value: Any) -> jax.Array:
     """`value` as an array; a clear error if it is not one."""
     try:
+        if isinstance(value, np.ndarray | np.generic | bool | int | float):
+            # With a dtype, JAX takes numpy's memory over where it can: a copy, which nobody else writes to. Without one
+            # JAX 0.10 compiles a program for each shape.
+            value = np.array(value, dtypes.canonicalize_dtype(np.asarray(value).dtype))
+            return jnp.asarray(value, value.dtype)
         array = jnp.asarray(value)
-        return array.astype(array.dtype)  # a number's weak type would be another compilation
+        return array.astype(array.dtype)  # a weak type would be another compilation
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
 
@@ -67,28 +73,35 @@ def require_stopping(tolerance: Any, max_steps: Any) -> None:
     require_setting("max_steps", max_steps, 1, "1000 is usual", whole=True)
 
 
-def _first(where: np.ndarray) -> str:
-    index = [int(i) for i in np.argwhere(where)[0]]
-    return str(index) if index else ""  # a number has no index
+def _in_reach(array: Any) -> bool:
+    """Whether numpy can read the array where it lies."""
+    if isinstance(array, np.ndarray):
+        return True
+    return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
 
 
 def _where_known(check: Callable[..., None]) -> Callable[..., None]:
-    """Run `check(name, array, ...)` on known arrays only, also while something else is being traced."""
+    """Run `check(name, array, ...)` on known arrays only, also while something else is being traced.
+
+    `check` gets a numpy array where numpy can read it: JAX would compile each of its operations for each shape. An
+    accelerator's arrays are looked at where they are.
+    """
 
     @functools.wraps(check)
-    def run(name: str, array: jax.Array, *arguments: Any) -> None:
+    def run(name: str, array: Any, *arguments: Any) -> None:
         if is_known(array) and array.size:
             with jax.ensure_compile_time_eval():
-                check(name, array, *arguments)
+                check(name, np.asarray(array) if _in_reach(array) else array, *arguments)
 
     return run
 
 
 @_where_known
-def require_finite(name: str, array: jax.Array) -> None:
+def require_finite(name: str, array: Any) -> None:
     """Raise if an entry is NaN or infinite, naming the first."""
-    if not bool(jnp.all(jnp.isfinite(array))):
-        bad = ~np.isfinite(np.asarray(array))
+    finite = array.__array_namespace__().isfinite(array)
+    if not finite.all():
+        bad = ~np.asarray(finite)
         raise InputError(
             f"{name}{_first(bad)} is {np.asarray(array)[bad][0]} ({bad.sum()} of {bad.size} entries are not "
             f"finite); replace NaN and infinities"
@@ -96,61 +109,71 @@ def require_finite(name: str, array: jax.Array) -> None:
 
 
 @_where_known
-def require_positive(name: str, array: jax.Array, remedy: str) -> None:
+def require_positive(name: str, array: Any, remedy: str) -> None:
     """Raise if an entry is not a finite number above 0."""
     require_finite(name, array)
-    if not bool(jnp.all(array > 0)):
-        raise InputError(f"{name} must be above 0, got {float(jnp.min(array)):g}; {remedy}")
+    if not (array > 0).all():
+        raise InputError(f"{name} must be above 0, got {float(array.min()):g}; {remedy}")
 
 
 @_where_known
 def require_at_least(name: str, array: Any, least: float, remedy: str) -> None:
     """Raise if an entry is below `least` or NaN."""
-    smallest = np.min(np.asarray(array))  # numpy: making a solver starts no backend
+    smallest = float(array.min())
     if not smallest >= least:
-        raise InputError(f"{name} must be at least {least}, got {float(smallest):g}; {remedy}")
+        raise InputError(f"{name} must be at least {least}, got {smallest:g}; {remedy}")
 
 
 @_where_known
-def require_fraction(name: str, array: jax.Array, remedy: str) -> None:
+def require_fraction(name: str, array: Any, remedy: str) -> None:
     """Raise if an entry is not in [0, 1)."""
-    if not bool(jnp.all((array >= 0) & (array < 1))):
-        bad = ~np.asarray((array >= 0) & (array < 1))
-        raise InputError(f"{name} must be at least 0 and below 1, got {np.asarray(array)[bad][0]:g}; {remedy}")
+    inside = (array >= 0) & (array < 1)
+    if not inside.all():
+        raise InputError(f"{name} must be at least 0 and below 1, got {_entry(array, ~inside):g}; {remedy}")
 
 
 @_where_known
-def require_probability(name: str, array: jax.Array, remedy: str) -> None:
+def require_probability(name: str, array: Any, remedy: str) -> None:
     """Raise if an entry is not in [0, 1]."""
-    if not bool(jnp.all((array >= 0) & (array <= 1))):
-        bad = ~np.asarray((array >= 0) & (array <= 1))
-        raise InputError(f"{name} must be from 0 to 1, got {np.asarray(array)[bad][0]:g}; {remedy}")
+    inside = (array >= 0) & (array <= 1)
+    if not inside.all():
+        raise InputError(f"{name} must be from 0 to 1, got {_entry(array, ~inside):g}; {remedy}")
 
 
 @_where_known
-def require_index(name: str, array: jax.Array, size: int) -> None:
+def require_index(name: str, array: Any, size: int) -> None:
     """Raise if an integer is not in [0, size)."""
-    if not bool(jnp.all((array >= 0) & (array < size))):
-        bad = ~np.asarray((array >= 0) & (array < size))
+    inside = (array >= 0) & (array < size)
+    if not inside.all():
         raise InputError(
-            f"{name}{_first(bad)} is {np.asarray(array)[bad][0]}, out of range; give indices from 0 to {size - 1}"
+            f"{name}{_first(~inside)} is {_entry(array, ~inside)}, out of range; give indices from 0 to {size - 1}"
         )
 
 
 @_where_known
-def require_distribution(name: str, array: jax.Array, axis: int, remedy: str) -> None:
+def require_distribution(name: str, array: Any, axis: int, remedy: str) -> None:
     """Raise if an entry is negative, or a sum along `axis` is not 1."""
     require_finite(name, array)
-    if bool(jnp.any(array < 0)):
-        bad = np.asarray(array) < 0
-        raise InputError(f"{name}{_first(bad)} is {np.asarray(array)[bad][0]:g}: probabilities cannot be negative")
+    negative = array < 0
+    if negative.any():
+        raise InputError(f"{name}{_first(negative)} is {_entry(array, negative):g}: probabilities cannot be negative")
     # Rows normalized in float32 and then widened are still meant to sum to 1.
     tolerance = max(1e-6, 100 * float(jnp.finfo(array.dtype).eps))
-    total = jnp.sum(array, axis)
-    if bool(jnp.any(jnp.abs(total - 1) > tolerance)):
-        bad = np.abs(np.asarray(total) - 1) > tolerance
+    total = array.sum(axis)
+    bad = abs(total - 1) > tolerance
+    if bad.any():
         where = f" at {_first(bad)}" if bad.ndim else ""
         raise InputError(
-            f"{name}: probabilities{where} sum to {np.asarray(total)[bad][0]:.9g}, not 1 "
+            f"{name}: probabilities{where} sum to {_entry(total, bad):.9g}, not 1 "
             f"({bad.sum()} of {bad.size} do not); {remedy}"
         )
+
+
+def _first(where: Any) -> str:
+    index = [int(i) for i in np.argwhere(np.asarray(where))[0]]
+    return str(index) if index else ""  # a number has no index
+
+
+def _entry(array: Any, where: Any) -> Any:
+    """The first entry of `array` where `where` is True."""
+    return np.asarray(array)[np.asarray(where)][0]

@@ -134,11 +134,10 @@ def but(few, cases):
 
 def central_difference(function: Callable, x, direction, step: float = 1e-3):
     """Directional derivative of a pytree-valued function at a pytree, fourth order in the step."""
-    flat, unravel = ravel_pytree(x)
-    along = ravel_pytree(direction)[0]
 
     def at(t):
-        return ravel_pytree(function(unravel(flat + t * along)))[0]
+        moved = jax.tree.map(lambda leaf, along: jnp.asarray(np.asarray(leaf) + t * np.asarray(along)), x, direction)
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(function(moved))])
 
     return np.asarray((8 * (at(step) - at(-step)) - (at(2 * step) - at(-2 * step))) / (12 * step))
 

@@ -183,7 +183,7 @@ def _batchable(transpose: bool):
     Lockstep reads the transitions once for the whole batch. With transitions of its own each element
     gains nothing from the others, and ends at its own time.
     """
-    single = functools.partial(_run, True, transpose)
+    single = jax.jit(functools.partial(_run, True, transpose))
     apart = one_at_a_time_on_cpu(single)
     mapped = jax.custom_batching.custom_vmap(single)
 

@@ -54,6 +54,11 @@ def linear_solve(
     Returns:
       x[S] and `LinearStats`.
     """
+    return _linear_solve(solver, operator, modulus, rhs, guess, transpose=transpose, share=share, poison=poison)
+
+
+@functools.partial(jax.jit, static_argnames=("transpose", "share", "poison"))
+def _linear_solve(solver, operator, modulus, rhs, guess, *, transpose, share, poison):
     solver = jax.tree.map(jnp.asarray, solver)
     if guess is not None:
         return _solve_from((transpose, share, poison), solver, operator, modulus, rhs, guess)

@@ -42,17 +42,11 @@ class TabularEnvironment(Environment):
 
     def __init__(self, mdp: MDP):
         flat = flatten_contexts(mdp)
-        transition: Any = flat.transition
-        successor, probability = transition.successor, transition.probability
-        pairs = flat.num_states * flat.num_actions
-        self.successor = jnp.moveaxis(successor, 0, -1).reshape(pairs, -1)
-        self.threshold = thresholds(jnp.moveaxis(probability, 0, -1)).reshape(pairs, -1)
         self.reward = flat.reward
-        discount = jnp.broadcast_to(flat.discount, flat.reward.shape)
-        self.ends = (discount == 0).reshape(-1)
-        self.initial = thresholds(flat.initial)
-        if is_known(discount):
-            values = np.unique(np.asarray(discount[discount > 0]))
+        self.successor, self.threshold, self.ends, self.initial = _tables(flat)
+        if is_known(flat.discount):
+            values = np.unique(np.asarray(flat.discount))
+            values = values[values > 0]
             if values.size > 1:
                 raise InputError(
                     f"discount: a simulator has one discount besides 0 (the end), this MDP has {values.size}, from "
@@ -124,6 +118,21 @@ class TabularEnvironment(Environment):
         return gather(self.successor.reshape(-1), pair * self.successor.shape[1] + slot)
 
 
+@jax.jit
+def _tables(flat: MDP) -> tuple[jax.Array, ...]:
+    """Successors and thresholds [S A, K], whether a pair ends [S A], thresholds of the first state [S]."""
+    transition: Any = flat.transition
+    pairs = flat.num_states * flat.num_actions
+    successor, probability = (jnp.moveaxis(part, 0, -1) for part in (transition.successor, transition.probability))
+    ends = jnp.broadcast_to(flat.discount, flat.reward.shape) == 0
+    return (
+        successor.reshape(pairs, -1),
+        thresholds(probability).reshape(pairs, -1),
+        ends.reshape(-1),
+        thresholds(flat.initial),
+    )
+
+
 def flatten_contexts(mdp: MDP) -> MDP:
     """An MDP with batch axes as one MDP of all their states, by successors; see `TabularEnvironment`."""
     if mdp.available is not None:
@@ -143,6 +152,13 @@ def flatten_contexts(mdp: MDP) -> MDP:
             f"transition: {type(transition).__name__} cannot be sampled; give a DenseTransition, a "
             f"SuccessorTransition or a StencilTransition"
         )
+    successor, probability, *rest = _flat(mdp, successor, probability)
+    return MDP(SuccessorTransition(successor, probability), *rest)
+
+
+@jax.jit
+def _flat(mdp: MDP, successor: jax.Array, probability: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays of the one MDP: successors, probabilities, reward, discount, initial distribution."""
     batch, states, actions = mdp.batch_shape, mdp.num_states, mdp.num_actions
     contexts = int(np.prod(batch))
 
@@ -151,18 +167,14 @@ def flatten_contexts(mdp: MDP) -> MDP:
 
     slots = successor.shape[-3]
     offset = states * jnp.arange(contexts, dtype=jnp.int32)[:, None, None, None]
-    kernel = SuccessorTransition(
-        *(
-            jnp.moveaxis(part, 0, 1).reshape(slots, contexts * states, actions)
-            for part in (
-                together(successor, slots, states, actions) + offset,
-                together(probability, slots, states, actions),
-            )
-        )
-    )
+
+    def side_by_side(part: jax.Array) -> jax.Array:
+        return jnp.moveaxis(part, 0, 1).reshape(slots, contexts * states, actions)
+
     discount = mdp.discount if mdp.discount.ndim > len(batch) else mdp.discount[..., None, None]
-    return MDP(
-        kernel,
+    return (
+        side_by_side(together(successor, slots, states, actions) + offset),
+        side_by_side(together(probability, slots, states, actions)),
         together(mdp.reward, states, actions).reshape(-1, actions),
         together(discount, states, actions).reshape(-1, actions),
         together(mdp.initial, states).reshape(-1) / contexts,

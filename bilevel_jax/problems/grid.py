@@ -100,9 +100,7 @@ def dynamics(grid: Grid, slip: jax.Array | float, kind: str, entry: jax.Array | 
         return StencilTransition.from_successors(lists, grid.shape())
     if kind != "dense":
         raise InputError(f"transition: expected 'dense', 'successor' or 'stencil', got {kind!r}")
-    state, action = np.indices(lists.shape)
-    kernel = jnp.zeros((*lists.shape, len(grid.cells)), lists.dtype)
-    return DenseTransition(kernel.at[state, action, lists.successor].add(lists.probability))
+    return DenseTransition(_dense(lists.successor, lists.probability))
 
 
 def move_lists(moves: jax.Array, slip: jax.Array | float, entry: jax.Array | None = None) -> SuccessorTransition:
@@ -118,6 +116,11 @@ def move_lists(moves: jax.Array, slip: jax.Array | float, entry: jax.Array | Non
     """
     slip = as_float("slip", slip)
     require_fraction("slip", slip, "0 is none, 0.75 a random move")
+    return SuccessorTransition(*_move_lists(moves, slip, entry))
+
+
+@jax.jit
+def _move_lists(moves: jax.Array, slip: jax.Array, entry: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     states, actions = moves.shape
     made = jnp.where(jnp.eye(actions, dtype=bool), 1 - slip, slip / (actions - 1))  # chosen, made
     shape = (actions, states, actions)  # made, from, chosen
@@ -128,4 +131,13 @@ def move_lists(moves: jax.Array, slip: jax.Array | float, entry: jax.Array | Non
         here = jnp.broadcast_to(jnp.arange(states, dtype=jnp.int32)[:, None], shape[1:])
         successor = jnp.concatenate([successor, here[None]])
         probability = jnp.concatenate([inside, jnp.sum(probability - inside, 0)[None]])
-    return SuccessorTransition(successor, probability)
+    return successor, probability
+
+
+@jax.jit
+def _dense(successor: jax.Array, probability: jax.Array) -> jax.Array:
+    """Lists [K, S, A] as P[S, A, S]."""
+    _, states, actions = successor.shape
+    state, action = np.indices((states, actions))
+    kernel = jnp.zeros((states, actions, states), probability.dtype)
+    return kernel.at[state, action, successor].add(probability)

@@ -1,9 +1,12 @@
 """Random dynamics, as Garnet has them (Archibald, McKinnon and Thomas 1995)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def random_successors(keys: jax.Array, pairs: tuple[int, ...], states: int, branching: int) -> tuple[jax.Array, ...]:
     """For each pair, `branching` different states and their probabilities, both [branching, *pairs].
 

@@ -1,6 +1,7 @@
 """The synthetic random MDP of Yang, Gao and Yuan (AISTATS 2025, section 6 and their public code)."""
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import jax
@@ -75,21 +76,30 @@ def synthetic(options: SyntheticOptions) -> Synthetic:
             limit = f"at least {least}" if size < least else f"at most {MOST}"
             raise InputError(f"{name} must be {limit}, got {size}")
     require_seed(options)
-    shape = (options.states, options.actions)
-    keys = jax.random.split(jax.random.key(options.seed), 5)
-    count = jax.random.randint(keys[0], (*shape, 1), 1, options.states)
-    order = jnp.argsort(jax.random.uniform(keys[1], (*shape, options.states)), -1)
-    weight = jnp.where(order < count, jax.random.uniform(keys[2], order.shape, minval=1e-3), 0)
-    uniform = jax.random.uniform(keys[3], (2, *shape))
+    key = jax.random.key(options.seed)
+    transition, coefficient, matrix = _draw(key, options.states, options.actions, options.dimension)
     problem = Synthetic(
-        transition=weight / jnp.sum(weight, -1, keepdims=True),
-        coefficient=uniform[0] * uniform[1],
-        matrix=jax.random.normal(keys[4], (options.dimension, options.dimension)),
+        transition=transition,
+        coefficient=coefficient,
+        matrix=matrix,
         discount=jnp.asarray(options.discount, float),
         temperature=ShannonEntropy(options.temperature).temperature,
     )
     problem.mdp(jnp.zeros(options.dimension))  # checks the discount where it is known
     return problem
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _draw(key: jax.Array, states: int, actions: int, dimension: int) -> tuple[jax.Array, ...]:
+    """The transition [S, A, S], the coefficient [S, A] and the matrix [n, n]."""
+    keys = jax.random.split(key, 5)
+    shape = (states, actions)
+    count = jax.random.randint(keys[0], (*shape, 1), 1, states)
+    order = jnp.argsort(jax.random.uniform(keys[1], (*shape, states)), -1)
+    weight = jnp.where(order < count, jax.random.uniform(keys[2], order.shape, minval=1e-3), 0)
+    uniform = jax.random.uniform(keys[3], (2, *shape))
+    matrix = jax.random.normal(keys[4], (dimension, dimension))
+    return weight / jnp.sum(weight, -1, keepdims=True), uniform[0] * uniform[1], matrix
 
 
 register("synthetic", SyntheticOptions, synthetic)

@@ -236,7 +236,7 @@ def report(runs: Runs, seeds: int) -> None:
         "## Values\n",
         "Mean ± standard error over the seeds (number of seeds, rate). Bold: within two standard errors of the",
         f"published mean, both errors combined, and {ROUNDING} for its rounding. Cells that agree: "
-        + ", ".join(f"{name} {agreement[method]}" for method, name in ROWS.items())
+        + ", ".join(f"{name} {agreement[method]}" for method, name in (ROWS | EXTRA).items())
         + ".\n",
         *table(found, ROWS),
         "\nHPGD with its own code's simulator, and the exact gradient (SGD, 0.5), which is the limit of AMD:\n",

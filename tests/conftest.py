@@ -6,6 +6,7 @@ is already set, even to nothing, is left alone: `XLA_FLAGS= pytest` compiles as 
 inherit the flags; test_no_hang.py, for which they matter, removes them.
 """
 
+import gc
 import itertools
 import mmap
 import os
@@ -17,6 +18,9 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Tracing makes and drops objects by the million: the usual thresholds look through all the living ones too often.
+gc.set_threshold(200_000, 20, 100)
 
 # Nobody reads where in Python an operation came from, and noting it is an eighth of the time.
 jax.config.update("jax_include_full_tracebacks_in_locations", False)

@@ -107,6 +107,7 @@ def train(algorithm, x, rate):
     return run(algorithm, with_rate(algorithm.init(KEY, x), rate), STEPS)
 
 
+@pytest.mark.slow
 def test_many_seeds_and_rates_in_one_program_all_descend():
     algorithm = short()
     starts = jax.vmap(lambda key: 0.1 * jax.random.normal(key, (5, 2)))(jax.random.split(KEY, 2))

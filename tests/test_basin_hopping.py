@@ -107,6 +107,7 @@ def test_coolings_are_checked(start, steps, message):
         Cooling(start, steps)
 
 
+@pytest.mark.slow
 def test_vmapped_over_seeds_and_other_numbers_do_not_compile_again():
     algorithm = hopping()
     keys = jax.random.split(jax.random.key(3), 3)

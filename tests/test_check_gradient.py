@@ -23,7 +23,7 @@ PROCESS = random_process(11)
 REGULARIZER = functools.partial(upper_regularizer, kind="kl")
 
 
-@pytest.mark.parametrize(("kind", "contexts"), but([("kl", True)], [("kl", True), ("tsallis", False)]))
+@pytest.mark.parametrize(("kind", "contexts"), but([("tsallis", False)], [("kl", True), ("tsallis", False)]))
 def test_right_problems_pass(kind, contexts, capsys):
     report = bj.check_gradient(upper_problem(kind, contexts), upper_start(), directions=2)
     assert report.ok, str(report)
@@ -82,7 +82,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("part", but(["mdp(x).reward", "objective in V, x fixed"], WRONG))
+@pytest.mark.parametrize("part", but(["mdp(x).reward"], WRONG))
 def test_it_says_which_part_is_wrong(part):
     report = bj.check_gradient(bj.BilevelProblem(*WRONG[part]), upper_start(), directions=1, verbose=False)
     wrong = {row.part for row in report.parts if not row.agrees}

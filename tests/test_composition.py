@@ -156,6 +156,7 @@ def test_checkpoint_changes_nothing():
         assert_trees_close(gradient, plain.gradient)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_the_network_alone():
     reward, params = linen_network()
     remade = bj.hypergradient(imitation(jax.checkpoint(reward)), params, with_error=False)
@@ -207,6 +208,7 @@ print("right")
 """
 
 
+@pytest.mark.slow
 def test_sharded_over_devices(tmp_path):
     """In a fresh process with nothing set for it but the number of devices: it must not hang."""
     problem, x = imitation(lambda x: x), random_like(2, np.zeros((BATCH, STATES, ACTIONS)))

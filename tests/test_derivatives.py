@@ -112,9 +112,7 @@ def dot(a, b):
     return np.vdot(flat(a), flat(b))
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"), but([("kl", "dense"), ("shannon", "successor"), ("tsallis", "successor")], CASES)
-)
+@pytest.mark.parametrize(("kind", "layout"), but([("kl", "dense"), ("tsallis", "successor")], CASES))
 def test_first_derivatives(kind, layout):
     theta = parameters(kind, layout)
     gradient, forward, slow = (
@@ -157,11 +155,14 @@ def ravel(tree):
 
 @pytest.mark.parametrize(
     ("kind", "layout", "mode"),
-    [
-        *(("kl", "successor", mode) for mode in MODES),
-        ("tsallis", "dense", "forward over reverse"),
-        ("shannon", "dense", "forward over reverse"),
-    ],
+    but(
+        [("kl", "successor", "reverse over reverse"), ("shannon", "dense", "forward over reverse")],
+        [
+            *(("kl", "successor", mode) for mode in MODES),
+            ("tsallis", "dense", "forward over reverse"),
+            ("shannon", "dense", "forward over reverse"),
+        ],
+    ),
 )
 def test_hessian_vector_products(kind, layout, mode):
     theta = parameters(kind, layout)
@@ -279,6 +280,7 @@ def test_under_checkpoint_and_scan():
     np.testing.assert_allclose(jnp.vdot(through, d), want, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_vmap_of_gradients():
     rewards = jnp.asarray(np.random.default_rng(6).normal(size=(3, STATES, ACTIONS)))
     theta = parameters("kl", "successor")

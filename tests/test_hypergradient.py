@@ -68,6 +68,7 @@ def test_contexts_are_separate_solves():
     assert result.stats.residual.shape == (2,)
 
 
+@pytest.mark.slow
 def test_hessian_vector_product():
     problem, x = upper_problem("kl"), upper_start()
     d = random_like(3, x)
@@ -117,6 +118,7 @@ def test_the_guess_serves_its_own_right_hand_side(transpose):
     assert not np.any(jax.grad(lambda g: solve(weights, b, g).sum())(guess))
 
 
+@pytest.mark.slow
 def test_vmap_over_x():
     problem = upper_problem("kl", True)
     xs = [upper_start(seed) for seed in range(3)]

@@ -136,6 +136,7 @@ def test_near_a_tie(temperature):
     np.testing.assert_allclose(made.gradient, want, rtol=1e-8, atol=1e-10 / temperature)
 
 
+@pytest.mark.slow
 def test_annealing_reaches_what_a_cold_start_does_not():
     """At a low temperature phi is flat nearly everywhere; from a high one the gradient leads there."""
     # A corridor whose middle pays x: the designer wants the agent, who is paid 1 at the far end, to stop there.

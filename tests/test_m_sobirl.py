@@ -85,7 +85,7 @@ def test_converges_to_a_stationary_point():
 
 @pytest.mark.parametrize(
     ("kind", "contexts"),
-    but([("shannon", False), ("kl", True)], [("shannon", False), ("tsallis", False), ("kl", True)]),
+    but([("kl", True)], [("shannon", False), ("tsallis", False), ("kl", True)]),
 )
 def test_exact_parts_give_the_hypergradient(kind, contexts):
     problem = upper_problem(kind, contexts)
@@ -101,7 +101,8 @@ def test_exact_parts_give_the_hypergradient(kind, contexts):
     assert abs(norms[-1] - norms[0]) > 1e-3  # x moved
 
 
-@pytest.mark.parametrize("kind", but(["kl"], KINDS))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_estimate_converges_where_x_stands_still(kind):
     problem, x = upper_problem(kind), upper_start()
     exact = flat(bj.hypergradient(problem, x, with_error=False).gradient)
@@ -175,6 +176,7 @@ def small():
     return problem, bj.algorithms.m_sobirl(problem, optax.inject_hyperparams(optax.sgd)(learning_rate=1e-2))
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds():
     problem, algorithm = small()
     train = jax.jit(lambda key: run(algorithm, algorithm.init(key, problem.start(key)), 5))

@@ -243,6 +243,7 @@ def test_four_rooms_objective(temperature, beta, layout):
     np.testing.assert_allclose(result.value, -want, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_four_rooms_layouts_agree():
     dense, sparse = (make("four_rooms", transition=layout) for layout in ("dense", "successor"))
     x = dense.start(KEY)

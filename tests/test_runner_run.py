@@ -520,6 +520,7 @@ def chunked(tmp_path_factory, two_runs) -> tuple[Finished, Program, list]:
         return finished(tmp_path_factory.mktemp("chunked"), SYNTHETIC, two_runs), *seen
 
 
+@pytest.mark.slow
 def test_chunks(chunked, synthetic):
     """Three chunks of two runs, the last filled up with a copy, and the numbers of one chunk."""
     done, _, cut = chunked
@@ -544,11 +545,13 @@ def test_chunks(chunked, synthetic):
     assert "25/25" in done.called.err
 
 
+@pytest.mark.slow
 def test_chunks_stay_below_the_limit(chunked):
     done, program, _ = chunked
     assert memory(program) <= done.config.values["memory_limit_mb"] * 2**20
 
 
+@pytest.mark.slow
 def test_too_small_a_limit_for_one_run(tmp_path):
     refused = start(tmp_path, SYNTHETIC, "memory_limit_mb=1e-6")
     assert refused.called.code == 2
@@ -557,6 +560,7 @@ def test_too_small_a_limit_for_one_run(tmp_path):
     assert not (refused.directory / "summary.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["learning_rate", pytest.param("clip_norm", marks=pytest.mark.slow)])
 def test_integer_first_in_a_sweep_of_the_optimizer(key, tmp_path):
     """1 does not make the others whole numbers as well."""
@@ -723,6 +727,7 @@ def test_some_runs_not_finite(tmp_path):
     assert_picture(done.directory / "learning_curves.png")
 
 
+@pytest.mark.slow
 def test_one_chunk_not_finite(tmp_path, two_runs):
     """That chunk ends early, the others are run."""
     done = finished(tmp_path, SYNTHETIC, *DIVERGING, two_runs)

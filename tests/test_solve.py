@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ACTIONS, KINDS, LAYOUTS, STATES, but, make_mdp, make_regularizer, random_process, solve_numpy
+from helpers import ACTIONS, KINDS, LAYOUTS, STATES, make_mdp, make_regularizer, random_process, solve_numpy
 
 import bilevel_jax as bj
 
@@ -183,6 +183,7 @@ def two_states(p):
     return {"uniform": value[0], "absorbing": value[1]}
 
 
+@pytest.mark.slow
 def test_closed_form():
     """Two states, two actions, discount 1/2, temperature 1, derived by hand (log is natural).
 
@@ -232,7 +233,8 @@ def batch_of(count, seed=1):
     )
 
 
-@pytest.mark.parametrize("solver", but(["PI"], EXACT))
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", EXACT)
 def test_vmap_equals_single_solves(solver):
     def solve(p, r, discount, temperature):
         return bj.solve(bj.MDP(p, r, discount), bj.ShannonEntropy(temperature), solver=SOLVERS[solver])

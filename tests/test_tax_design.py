@@ -110,6 +110,7 @@ def require_means(returns, found, slack=0.0):
         assert error < 0.05 * abs(mean)  # else it could not tell
 
 
+@pytest.mark.slow
 def test_simulator_with_rounded_assets_earns_the_exact_value():
     """2,000 households for 120 periods (what is cut weighs 3e-6). A false alarm for one key in 8,000."""
     found = exact()

@@ -202,6 +202,7 @@ def test_products_differentiate(form):
     assert np.isfinite(value)
 
 
+@pytest.mark.slow
 def test_gradients_reach_every_slot():
     # <d, P v> is linear in P: the gradient is the outer product, at a repeated successor in every slot.
     process = random_process(2)

@@ -3,7 +3,7 @@
     python benchmarks/first_call.py
 
 For each problem of the registry: seconds to construct it, and to trace, lower and compile its hyper-gradient, and the
-number of programs that the construction compiles. CPU seconds of a whole process are stabler than wall time here;
+number of programs that the construction compiles. CPU seconds of the whole process, stabler than wall time here;
 medians of RUNS processes. Writes results/first_call.json.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
         runs = [first_call(problem) for _ in range(RUNS)]
         figures[problem] = {name: round(statistics.median(run[name] for run in runs), 2) for name in runs[0]}
         print(problem, figures[problem], flush=True)
-    text = json.dumps({"machine": machine(), "cpu_seconds": figures}, indent=2)
+    text = json.dumps({"machine": machine(), "problems": figures}, indent=2)
     (RESULTS / "first_call.json").write_text(text + "\n")
 
 

@@ -101,9 +101,9 @@ def require_finite(name: str, array: Any) -> None:
     """Raise if an entry is NaN or infinite, naming the first."""
     finite = array.__array_namespace__().isfinite(array)
     if not finite.all():
-        bad = ~np.asarray(finite)
+        bad = ~finite
         raise InputError(
-            f"{name}{_first(bad)} is {np.asarray(array)[bad][0]} ({bad.sum()} of {bad.size} entries are not "
+            f"{name}{_first(bad)} is {_entry(array, bad)} ({bad.sum()} of {bad.size} entries are not "
             f"finite); replace NaN and infinities"
         )
 

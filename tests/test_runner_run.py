@@ -561,7 +561,7 @@ def test_too_small_a_limit_for_one_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["learning_rate", pytest.param("clip_norm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("key", ["learning_rate", "clip_norm"])
 def test_integer_first_in_a_sweep_of_the_optimizer(key, tmp_path):
     """1 does not make the others whole numbers as well."""
     done = finished(tmp_path, SYNTHETIC, "sweep.problem.seed=[0]", f"sweep.optimizer.{key}=[1, 0.1, 0.2, 0.3, 0.4]")

@@ -16,20 +16,19 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
+from bilevel_jax import rounding
 from bilevel_jax.adjoint import DIRECT_LIMIT, GMRES, Direct, LinearSolver, linear_solve, zero_tangents
 from bilevel_jax.batching import one_at_a_time_on_cpu
-from bilevel_jax.bellman import action_values, backup, check_compatible, greedy, read_policy
+from bilevel_jax.bellman import action_values, backup, check_compatible, greedy, read_policy, sizes_of, sup_norm
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP, over_batch
-from bilevel_jax.occupancy import is_moderate, unichain_operator, unichain_solve
+from bilevel_jax.occupancy import unichain_operator, unichain_solve
+from bilevel_jax.reductions import matmul, min_max
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome, Result
+from bilevel_jax.rounds import Found, in_rounds
 from bilevel_jax.validation import as_float, require_instance, require_setting, require_stopping
 
-# Half the span of T h - h, in units in the last place of the largest |r| + |h|: what rounding leaves to reach,
-# and up to where an iteration that has stopped to gain is taken to have stopped for rounding.
-FLOOR_ULPS = 16
-STALL_ULPS = 1000
 DAMPING = 0.1
 # The most sweeps in place of one policy iteration, 2^10.
 MOST_DOUBLINGS = 10
@@ -39,10 +38,9 @@ class AverageRewardStats(eqx.Module):
     """How a solve went; scalars, one a batch element.
 
     `steps` counts sweeps. `lower` and `upper` are the least and the largest entry of T h - h, with an
-    allowance for rounding of 16 units in the last place of the largest |r| + |h|: the optimal gain is
-    between them, whatever h is, and that of every state is if they differ. `error_bound`, half their
-    distance, bounds |gain - g*|. The bias has no such bound: its error also depends on how fast the
-    chain forgets.
+    allowance for the rounding of that sweep (rounding.py): the optimal gain is between them, whatever h
+    is, and that of every state is if they differ. `error_bound`, half their distance, bounds |gain - g*|. The
+    bias has no such bound: its error also depends on how fast the chain forgets.
     """
 
     steps: jax.Array
@@ -173,7 +171,7 @@ class RelativePolicyIteration(AverageRewardSolver):
         centered = gap - (jnp.max(gap) + jnp.min(gap)) / 2
         unused = jnp.zeros((), gap.dtype)  # a modulus, for an error bound that nobody reads
         correction, _ = linear_solve(solver, operator, unused, centered, share=False)
-        new = bias + jnp.where(is_moderate(correction, centered), correction, 0)
+        new = bias + jnp.where(rounding.is_moderate(correction, centered), correction, 0)
         better = jnp.ptp(backup(mdp, regularizer, new) - new) < jnp.ptp(gap)
 
         def sweep(_, bias):
@@ -246,7 +244,7 @@ def _solve_one(mdp, regularizer, initial_bias, *, solver, adjoint):
     start = jnp.zeros_like(mdp.reward[:, 0]) if initial_bias is None else lax.stop_gradient(initial_bias)
     numbers = jax.tree.map(jnp.asarray, (solver, adjoint))
     gain, bias, result, stats = _fixed_point(*numbers, mdp, regularizer, start)
-    bias = bias - mdp.initial @ bias
+    bias = bias - matmul(mdp.initial, bias)
     q = action_values(mdp, bias)
     return AverageRewardSolution(gain, bias, q, read_policy(regularizer, q), result, stats)
 
@@ -267,56 +265,110 @@ def _fixed_point_jvp(primals, tangents):
     operator = unichain_operator(mdp, greedy(mdp, regularizer, bias)[1])
     x = unichain_solve(mdp, adjoint, operator, backup_dot)
     # The border is the mean, which of `bias` is 0 whatever the parameters are.
-    gain_dot = operator.border @ x
+    gain_dot = matmul(operator.border, x)
     return (gain, bias, result, stats), (gain_dot, x - gain_dot, *zero_tangents((result, stats)))
 
 
+class Walk(NamedTuple):
+    """Where an iteration stands, half the span of T h - h before it, and the sweeps made."""
+
+    iterate: Iterate
+    previous: jax.Array
+    steps: jax.Array
+
+
+class Answer(NamedTuple):
+    """h[S] of mean 0, the gain in the middle of its bounds, and the rounding in these."""
+
+    bias: jax.Array
+    gain: jax.Array
+    lower: jax.Array
+    upper: jax.Array
+
+
 def _iterate(solver, mdp, regularizer, bias):
-    """Run `solver` from h[S] on one MDP: the gain, h of mean 0, the result code and the stats."""
-    ulp = jnp.finfo(bias.dtype).eps
-    max_steps = jnp.asarray(solver.max_steps, jnp.int32)
-    target = 0 if solver.tolerance is None else jnp.asarray(solver.tolerance, bias.dtype)
-    used = mdp.reward if mdp.available is None else jnp.where(mdp.available, mdp.reward, 0)
-    reward_scale = jnp.max(jnp.abs(used))
+    """Run `solver` from h[S] on one MDP: the gain, h of mean 0, the result code and the stats.
+
+    As `solvers.loop.iterate`: steps until the bounds on the gain are as near as was asked or rounding allows, then a
+    close look at the rounding of each state's own equation.
+    """
+    dtype = bias.dtype
+    terms = mdp.transition.terms
+    to_working_precision = solver.tolerance is None
 
     def sweep(bias, failures):
         bias = bias - jnp.mean(bias)
         q = action_values(mdp, bias)
-        gap = regularizer.conjugate(q) - bias
-        ulps = ulp * (reward_scale + jnp.max(jnp.abs(bias)))
-        return Iterate(bias, q, gap, failures), jnp.ptp(gap) / 2, ulps
+        return Iterate(bias, q, regularizer.conjugate(q) - bias, failures)
 
-    def stopped_by_rounding(half, previous, ulps):
-        return (half <= FLOOR_ULPS * ulps) | ((half >= previous) & (half <= STALL_ULPS * ulps))
+    def rounding_of(size):
+        """The rounding of a sweep whose numbers are all at most `size`."""
+        return rounding.of_sweep(terms, size, 2 * size, jnp.zeros_like(size))
 
-    def unfinished(carry):
-        _, half, previous, ulps, steps = carry
-        bound = half + FLOOR_ULPS * ulps
-        done = (bound <= target) | stopped_by_rounding(half, previous, ulps) | ~jnp.isfinite(bound)
-        return ~done & (steps < max_steps)
+    def look(walk: Walk, found: Found):
+        """Half the span of T h - h, and the rounding of one entry."""
+        bias, _, gap, _ = walk.iterate
+        return jnp.ptp(gap) / 2, rounding_of(jnp.maximum(sup_norm(bias), sup_norm(bias + gap))) + found.extra
 
-    def body(carry):
-        current, half, _, _, steps = carry
-        bias, failures, sweeps = solver.step(mdp, regularizer, current)
-        new, new_half, ulps = sweep(bias, failures)
-        return new, new_half, half, ulps, steps + sweeps + 1
+    def at_rounding(half, noise, previous):
+        return (half <= noise) | ((half >= previous) & (half <= rounding.STALL * noise))
 
-    first, half, ulps = sweep(bias, jnp.asarray(0, jnp.int32))
-    start = (first, half, jnp.full_like(half, jnp.inf), ulps, jnp.asarray(1, jnp.int32))
-    last, half, previous, ulps, steps = lax.while_loop(unfinished, body, start)
+    def going(walk: Walk, found: Found):
+        half, noise = look(walk, found)
+        return (half + noise > found.asked) & ~at_rounding(half, noise, walk.previous) & jnp.isfinite(half)
 
-    rounding = FLOOR_ULPS * ulps
-    lower, upper = jnp.min(last.gap) - rounding, jnp.max(last.gap) + rounding
-    bound = half + rounding
-    limit = Result.CONVERGED if solver.tolerance is None else Result.PRECISION_LIMIT
-    result = jnp.where(stopped_by_rounding(half, previous, ulps), limit, Result.MAX_STEPS)
-    result = jnp.where(bound <= target, Result.CONVERGED, result)
-    # h may be finite where q is not: an action that the regularizer never takes.
-    q = last.q if mdp.available is None else jnp.where(mdp.available, last.q, 0)
-    finite = jnp.all(jnp.isfinite(q)) & jnp.isfinite(bound)
-    result = jnp.where(finite, result, Result.NOT_FINITE).astype(jnp.int32)
-    gain = (jnp.max(last.gap) + jnp.min(last.gap)) / 2
-    return gain, last.bias, result, AverageRewardStats(steps, lower, upper, bound)
+    def step(walk: Walk, found: Found, unseen) -> Walk:
+        del unseen
+        half, _ = look(walk, found)
+        bias, failures, sweeps = solver.step(mdp, regularizer, walk.iterate)
+        return Walk(sweep(bias, failures), half, walk.steps + sweeps + 1)
+
+    def find(walk: Walk, found: Found) -> Found:
+        bias, q, gap, _ = walk.iterate
+        half, seen = look(walk, found)
+        sizes = sizes_of(mdp, regularizer, bias, q, bias + gap)
+        own = sizes.q + jnp.abs(bias) + jnp.abs(gap)  # of g + h = T h, h and g are numbers, too
+        noise = rounding.of_sweep(terms, sup_norm(bias), jnp.max(own), jnp.max(sizes.spread))
+        gain = (jnp.max(gap) + jnp.min(gap)) / 2
+        excess = jnp.max(jnp.abs(gap - gain) / rounding.of_sweep(terms, sizes.expected(), own, sizes.spread))
+        lower, upper = jnp.min(gap) - noise, jnp.max(gap) + noise
+        bound = half + noise
+        # Any gain is between the least and the most that is collected in a step. A bias that drifts, as it does where
+        # states have several gains, covers any difference by its rounding in the end: a gain is known to working
+        # precision only where its bounds say much more than that.
+        low, high = min_max(sizes.collected)
+        trivial = (high - low) / 2
+        least = rounding.AT_WORKING_PRECISION * rounding_of(sup_norm(sizes.collected))
+        if to_working_precision:
+            asked = found.asked
+            accepted = (excess <= rounding.AT_WORKING_PRECISION) & (bound <= rounding.KNOWN * trivial + least)
+        else:
+            asked = jnp.minimum(found.asked, trivial + least)
+            accepted = bound <= asked
+        # h may be finite where q is not: an action that the regularizer never takes.
+        known = jnp.isfinite(q) if mdp.available is None else jnp.isfinite(q) | ~mdp.available
+        extra = jnp.maximum(noise - (seen - found.extra), 0)
+        limited = at_rounding(half, noise, walk.previous)
+        finite = jnp.all(known) & jnp.isfinite(bound)
+        return Found(Answer(bias, gain, lower, upper), accepted, limited, finite, excess, asked, extra)
+
+    unknown = jnp.asarray(jnp.inf, dtype)
+    walk, found = in_rounds(
+        Walk(sweep(bias, jnp.asarray(0, jnp.int32)), unknown, jnp.asarray(1, jnp.int32)),
+        Answer(bias, unknown, unknown, unknown),
+        jnp.asarray(0 if to_working_precision else solver.tolerance, dtype),
+        jnp.asarray(solver.max_steps, jnp.int32),
+        going=going,
+        step=step,
+        find=find,
+        to_working_precision=to_working_precision,
+    )
+    answer = found.answer
+    ended = jnp.where(found.limited, Result.PRECISION_LIMIT, Result.MAX_STEPS)
+    result = jnp.where(found.accepted, Result.CONVERGED, ended)
+    result = jnp.where(found.finite, result, Result.NOT_FINITE).astype(jnp.int32)
+    bound = (answer.upper - answer.lower) / 2
+    return answer.gain, answer.bias, result, AverageRewardStats(walk.steps, answer.lower, answer.upper, bound)
 
 
 _iterate_one_at_a_time = one_at_a_time_on_cpu(_iterate)

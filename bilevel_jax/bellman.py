@@ -1,5 +1,8 @@
 """The regularized Bellman operator and what is read off a value function. For one MDP; see `over_batch`."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import numpy as np
 from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
+from bilevel_jax.reductions import sum_last
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.transitions import PolicyOperator, StateOperator
 from bilevel_jax.validation import is_known
@@ -72,6 +76,36 @@ def check_compatible(mdp: MDP, regularizer: Regularizer) -> None:
                 f"reference: no probability on the actions available in state {state} ({(~left).sum()} of "
                 f"{left.size} states have none); give some to at least one of them"
             )
+
+
+class Sizes(NamedTuple):
+    """How large the numbers are that a sweep at V is made of, [S] each, weighted by the policy at V.
+
+    `q` sum_a pi |Q| + |T V|; `spread` |T V - max Q|; `collected` sum_a pi r - Omega(pi), what the policy collects in a
+    step; `expectation` sum_a pi |discount E V|, at most what `expected()` is.
+    """
+
+    q: jax.Array
+    spread: jax.Array
+    collected: jax.Array
+    expectation: jax.Array
+    expected: Callable[[], jax.Array]
+
+
+def sizes_of(mdp: MDP, regularizer: Regularizer, value: jax.Array, q: jax.Array, backup: jax.Array) -> Sizes:
+    """The sizes at V[S], given Q[S, A] and T V [S]. `expected()`, sum_a pi discount E|V| [S], costs a product."""
+    policy = regularizer.policy(q)
+
+    def taken(numbers):
+        return sum_last(jnp.where(policy > 0, policy * numbers, 0))
+
+    return Sizes(
+        taken(jnp.abs(q)) + jnp.abs(backup),
+        jnp.abs(backup - regularizer.highest(q)),
+        taken(mdp.reward) - regularizer.penalty(policy),
+        taken(jnp.abs(q - mdp.reward)),
+        lambda: taken(mdp.discount * mdp.transition.expect(jnp.abs(value))),
+    )
 
 
 def sup_norm(x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -10,15 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from bilevel_jax.bellman import action_values, check_compatible, read_policy
+from bilevel_jax import rounding
+from bilevel_jax.bellman import action_values, check_compatible, read_policy, sizes_of, sup_norm
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer, Unregularized
 from bilevel_jax.results import Outcome, Result
 from bilevel_jax.validation import as_float, is_known, require_finite, require_instance
-
-# What one sweep may add to the error of a value, in units in the last place of the largest |r| + |V|.
-ROUNDING_ULPS = 16
 
 
 class FiniteHorizonSolution(eqx.Module):
@@ -26,9 +24,9 @@ class FiniteHorizonSolution(eqx.Module):
 
     `value` [H + 1, S] with h steps done at index h, the last row being the terminal value; `q` [H, S, A] and
     `policy` [H, S, A]: q[h] = r + discount P value[h + 1], value[h] = Omega*(q[h]), policy[h] = grad Omega*(q[h]).
-    `result` is a `Result` code: CONVERGED or NOT_FINITE, since nothing is iterated. `error_bound` on
-    |value - its exact value| is the usual allowance for rounding, 16 units in the last place of the largest
-    |r| + |V| a step.
+    `result` is a `Result` code: CONVERGED or NOT_FINITE, since nothing is iterated, or PRECISION_LIMIT where the
+    error's bound is above all that can be collected. `error_bound` on
+    |value - its exact value| is the sum over time of what rounding may do in a step (rounding.py).
     """
 
     value: jax.Array
@@ -209,23 +207,42 @@ def _solve_one(mdp, regularizer, terminal, *, horizon, time_axes):
     # Of what a step computes, reverse mode keeps q. Otherwise it would keep E[V | s, a] a successor too,
     # [H, K, S, A], and several arrays that are cheap to make from q.
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names("q"))
-    def step(rest, value, now):
+    def step(rest, carry, now):
+        value, bounds = carry
         mdp, regularizer = eqx.combine(now, rest)
         q = checkpoint_name(action_values(mdp, value), "q")
-        value = regularizer.conjugate(q)
-        return value, (value, q, read_policy(regularizer, q))
+        new = regularizer.conjugate(q)
+        bounds = _bounds(*lax.stop_gradient((mdp, regularizer, value, q, new, bounds)))
+        return (new, bounds), (new, q, read_policy(regularizer, q), bounds)
 
     rest = (mdp_rest, regularizer_rest)
-    _, (values, q, policy) = lax.scan(
-        functools.partial(step, rest), terminal, (mdp_at, regularizer_at), length=horizon, reverse=True
+    start = terminal, Bounds(jnp.zeros((), terminal.dtype), lax.stop_gradient(sup_norm(terminal)))
+    _, (values, q, policy, bounds) = lax.scan(
+        functools.partial(step, rest), start, (mdp_at, regularizer_at), length=horizon, reverse=True
     )
     value = jnp.concatenate([values, terminal[None]])
     actions = jnp.where(True if mdp.available is None else mdp.available, q, 0)
     finite = jnp.all(jnp.isfinite(value)) & jnp.all(jnp.isfinite(actions))
-    result = jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
-    scale = jnp.max(jnp.abs(mdp.reward)) + jnp.max(jnp.abs(value))
-    bound = horizon * ROUNDING_ULPS * jnp.finfo(value.dtype).eps * lax.stop_gradient(scale)
-    return FiniteHorizonSolution(value, q, policy, result, bound)
+    told = jnp.where(jnp.all(bounds.error <= bounds.implied), Result.CONVERGED, Result.PRECISION_LIMIT)
+    result = jnp.where(finite, told, Result.NOT_FINITE).astype(jnp.int32)
+    return FiniteHorizonSolution(value, q, policy, result, jnp.max(bounds.error))
+
+
+class Bounds(NamedTuple):
+    """At one time: on the error of the computed value, and on the value itself by what is collected in each step."""
+
+    error: jax.Array
+    implied: jax.Array
+
+
+def _bounds(mdp, regularizer, value, q, backup, after: Bounds) -> Bounds:
+    """Those one step earlier, at V[S] = `value` one step later; Q[S, A] and T V [S] are there already."""
+    terms = mdp.transition.terms
+    sizes = sizes_of(mdp, regularizer, value, q, backup)
+    most = jnp.max(mdp.discount) * (1 + rounding.of_row_sums(terms, value.dtype))
+    noise = rounding.of_sweep(terms, most * sup_norm(value), jnp.max(sizes.q), jnp.max(sizes.spread))
+    collected = sup_norm(sizes.collected) + rounding.underflow(terms, value.dtype)
+    return Bounds(noise + most * after.error, collected + most * after.implied)
 
 
 @functools.partial(jax.jit, static_argnames="time_axes")

@@ -6,9 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from bilevel_jax import rounding
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve, residual_of
 from bilevel_jax.bellman import check_compatible, discounted_operator
 from bilevel_jax.mdp import MDP, over_batch
+from bilevel_jax.reductions import matmul
 from bilevel_jax.regularizers import Regularizer, Unregularized
 from bilevel_jax.transitions import PolicyOperator, StateOperator
 from bilevel_jax.validation import as_float, require_instance
@@ -139,7 +141,7 @@ class UnichainOperator(StateOperator):
     border: jax.Array
 
     def apply(self, values):
-        return self.operator.apply(values) - self.border @ values
+        return self.operator.apply(values) - matmul(self.border, values)
 
     def apply_transpose(self, masses):
         return self.operator.apply_transpose(masses) - self.border * jnp.sum(masses)
@@ -202,11 +204,5 @@ class OnlyIfRegular(LinearSolver):
         gap = jnp.linalg.norm(residual_of(operator, x, probe))
         eps = jnp.finfo(probe.dtype).eps
         tolerance = jnp.asarray(self.solver.relative_tolerance(probe.dtype), probe.dtype)
-        solved = gap <= 1.01 * tolerance * jnp.linalg.norm(probe) + 8 * eps * jnp.linalg.norm(x)
-        return solved & is_moderate(x, probe)
-
-
-def is_moderate(x: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Whether a solution x[S] is no larger than rounding and a regular system explain."""
-    limit = float(jnp.finfo(x.dtype).eps) ** -0.75
-    return jnp.max(jnp.abs(x)) <= limit * jnp.max(jnp.abs(rhs))  # False for NaN
+        solved = gap <= 1.01 * tolerance * jnp.linalg.norm(probe) + rounding.SOLVE_FLOOR * eps * jnp.linalg.norm(x)
+        return solved & rounding.is_moderate(x, probe)

@@ -4,6 +4,10 @@ With Q[S, A] the action values, a regularizer gives the state value and the poli
   V[s] = Omega*(Q[s, :]) = max_p <p, Q[s, :]> - Omega(p),   pi[s, :] = grad Omega*(Q[s, :]).
 (Geist, Scherrer and Pietquin 2019, "A theory of regularized Markov decision processes".)
 An action that is not available has Q = -inf: its probability is 0 and nothing depends on it, to any order.
+
+Code here never needs two computations of one number to agree to the bit: a compiler may compute Q twice and round it
+differently, and at low temperatures one unit in the last place decides between a weight of 1 and of 0. The first best
+action is found by its index, and is 0 below the best by construction (`_below_best`).
 """
 
 import abc
@@ -13,11 +17,12 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.lax import stop_gradient
 
 from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
-from bilevel_jax.reductions import UNROLLED, max_last, sum_last
+from bilevel_jax.reductions import argmax_last, max_last, sum_last
 from bilevel_jax.validation import as_float, require_distribution, require_positive
 
 
@@ -65,15 +70,9 @@ class Regularizer(eqx.Module):
         """Check values that are known. Raises InputError."""
         _require_temperature(self.temperature)
 
-    def _scaled(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """(Q - max Q) / temperature, the maximum [S], the temperature in q's dtype, and what is available.
-
-        0 at actions that are not: an infinity that is divided by the temperature has derivative NaN.
-        """
-        temperature = _usable(self.temperature, q.dtype)
-        top = stop_gradient(max_last(q))
-        available = _is_available(q)
-        return jnp.where(available, q - top[..., None], 0) / temperature, top, temperature, available
+    def highest(self, q: jax.Array) -> jax.Array:
+        """The largest Q[S, A] of an action that may be taken, [S]: what Omega* adds its own part to."""
+        return max_last(q)
 
 
 class ShannonEntropy(Regularizer):
@@ -90,12 +89,17 @@ class ShannonEntropy(Regularizer):
         super().__init__(temperature)
 
     def conjugate(self, q):
-        scaled, top, temperature, available = self._scaled(q)
-        return top + temperature * jnp.log(sum_last(jnp.where(available, jnp.exp(scaled), 0)))
+        temperature = _usable(self.temperature, q.dtype)
+        best = argmax_last(q)
+        scaled = _below_best(q, best, temperature)
+        # log(1 + the others): sums of one sign keep their digits. The best one's term is 0, with its derivative.
+        others = jnp.where(_is_first(best, q), jnp.expm1(scaled), jnp.exp(scaled))
+        excess = sum_last(jnp.where(_is_available(q), others, 0))
+        return stop_gradient(max_last(q)) + temperature * jnp.log1p(excess)
 
     def policy(self, q):
-        scaled, _, _, available = self._scaled(q)
-        weight = jnp.where(available, jnp.exp(scaled), 0)
+        scaled = _below_best(q, argmax_last(q), _usable(self.temperature, q.dtype))
+        weight = jnp.where(_is_available(q), jnp.exp(scaled), 0)
         return weight / sum_last(weight)[..., None]
 
     def penalty(self, policy):
@@ -135,19 +139,22 @@ class KLDivergence(Regularizer):
         _require_temperature(self.temperature)
         require_distribution("reference", self.reference, -1, "divide each row by its sum")
 
-    def _shifted(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        # The maximum over actions that the reference allows; others must not set the scale.
+    def highest(self, q):
+        return max_last(jnp.where(jnp.asarray(self.reference, q.dtype) > 0, q, -jnp.inf))
+
+    def _scaled(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(Q - max Q) / temperature, the temperature and the reference in q's dtype."""
         reference = jnp.asarray(self.reference, q.dtype)
         temperature = _usable(self.temperature, q.dtype)
-        top = stop_gradient(max_last(jnp.where(reference > 0, q, -jnp.inf)))
-        scaled = jnp.where(_is_available(q), q - top[..., None], 0) / temperature
+        # The maximum over actions that the reference allows; others must not set the scale.
+        allowed = reference > 0
+        scaled = _below_best(q, argmax_last(jnp.where(allowed, q, -jnp.inf)), temperature, allowed)
         # Others may lie far above: they are not taken, but the derivative in their reference is exp(scaled).
         most = math.log(float(jnp.finfo(q.dtype).max)) / 2
-        scaled = jnp.where(reference > 0, scaled, jnp.minimum(scaled, most))
-        return scaled, top, temperature, reference
+        return jnp.where(allowed, scaled, jnp.minimum(scaled, most)), temperature, reference
 
     def conjugate(self, q):
-        scaled, top, temperature, reference = self._shifted(q)
+        scaled, temperature, reference = self._scaled(q)
         available = _is_available(q)
         # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is
         # the sum of the reference: rounding in it would be multiplied by the temperature, its derivative not.
@@ -156,10 +163,10 @@ class KLDivergence(Regularizer):
         total = sum_last(reference * jnp.where(available, jnp.exp(scaled), 0))
         near = shortfall > -0.5
         log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
-        return top + temperature * log_total
+        return stop_gradient(self.highest(q)) + temperature * log_total
 
     def policy(self, q):
-        scaled, _, _, reference = self._shifted(q)
+        scaled, _, reference = self._scaled(q)
         weight = reference * jnp.where(_is_available(q), jnp.exp(scaled), 0)
         return weight / sum_last(weight)[..., None]
 
@@ -199,24 +206,18 @@ class TsallisEntropy(Regularizer):
         super().__init__(temperature)
 
     def conjugate(self, q):
-        _, top, temperature, _ = self._scaled(q)
+        temperature = _usable(self.temperature, q.dtype)
         policy = self.policy(q)
-        gain = jnp.sum(policy * jnp.where(policy > 0, q - top[..., None], 0), -1)
-        return top + gain + temperature / 2 * (1 - jnp.sum(policy**2, -1))
+        first = _is_first(argmax_last(q), q)
+        below = jnp.where((policy > 0) & ~first, q - stop_gradient(max_last(q))[..., None], 0)
+        # The best one's own term is 0, with the derivative that its probability gives it.
+        below += jnp.where(first, q - stop_gradient(q), 0)
+        gain = sum_last(policy * below)
+        return stop_gradient(max_last(q)) + gain + temperature / 2 * (1 - sum_last(policy**2))
 
     def policy(self, q):
-        scaled, _, _, available = self._scaled(q)
-        ranked = jnp.where(available, stop_gradient(scaled), -jnp.inf)
-        # z_1 >= z_2 >= ...: the support is the largest k with 1 + k z_k > z_1 + ... + z_k.
-        descending = -jnp.sort(-ranked, -1)
-        rank = jnp.arange(1, q.shape[-1] + 1, dtype=q.dtype)
-        inside = 1 + rank * descending > jnp.cumsum(descending, -1)
-        size = jnp.sum(inside, -1, keepdims=True)
-        smallest = jnp.take_along_axis(descending, size - 1, -1)
-        support = ranked >= smallest
-        count = jnp.sum(support, -1, keepdims=True).astype(q.dtype)
-        threshold = (jnp.sum(jnp.where(support, scaled, 0), -1, keepdims=True) - 1) / count
-        return jnp.where(support, scaled - threshold, 0)
+        scaled = _below_best(q, argmax_last(q), _usable(self.temperature, q.dtype))
+        return _sparsemax(jnp.where(_is_available(q), scaled, -jnp.inf))
 
     def penalty(self, policy):
         return jnp.asarray(self.temperature, policy.dtype) / 2 * (jnp.sum(policy**2, -1) - 1)
@@ -271,13 +272,65 @@ def _maximum_jvp(primals, tangents):
 
 
 def _first_maximum(q: jax.Array) -> jax.Array:
-    if q.shape[-1] > UNROLLED:
-        return jnp.arange(q.shape[-1]) == jnp.argmax(q, -1, keepdims=True)
-    top, found, hits = max_last(q), False, []
-    for action in range(q.shape[-1]):
-        hits.append((q[..., action] == top) & ~jnp.asarray(found))
-        found = found | hits[-1]
-    return jnp.stack(hits, -1)
+    return _is_first(argmax_last(q), q)
+
+
+def _is_first(best: jax.Array, q: jax.Array) -> jax.Array:
+    """Where in Q[S, A] the action with the index best[S] stands."""
+    return lax.broadcasted_iota(jnp.int32, q.shape, q.ndim - 1) == best[..., None]
+
+
+@jax.custom_jvp
+def _below_best(q: jax.Array, best: jax.Array, temperature: jax.Array, allowed: Any = True) -> jax.Array:
+    """(Q - Q of the action best[S]) / temperature, [S, A]: exactly 0 there, above 0 nowhere that is `allowed`.
+
+    The best one counts as constant in derivatives, which what is made of it does not depend on. 0 at actions that
+    are not available: an infinity that is divided by the temperature has derivative NaN.
+    """
+    top = jnp.take_along_axis(q, best[..., None], -1)
+    below = jnp.where(_is_first(best, q), 0, q - top)
+    below = jnp.where(allowed, jnp.minimum(below, 0), below)
+    return jnp.where(_is_available(q), below, 0) / temperature
+
+
+@_below_best.defjvp
+def _below_best_jvp(primals, tangents):
+    q, _, temperature, *_ = primals
+    q_dot, _, temperature_dot, *_ = tangents
+    scaled = _below_best(*primals)
+    return scaled, (jnp.where(_is_available(q), q_dot, 0) - scaled * temperature_dot) / temperature
+
+
+@jax.custom_jvp
+def _sparsemax(scaled: jax.Array) -> jax.Array:
+    """The point of the simplex nearest to scaled[S, A], -inf where an action is not available; its maximum is 0.
+
+    Everything is read off one sorted array, which lies in memory.
+    """
+    actions = scaled.shape[-1]
+    index = lax.broadcasted_iota(jnp.int32, scaled.shape, scaled.ndim - 1)
+    ascending, order = lax.sort((-scaled, index), num_keys=1)
+    descending = -ascending
+    # z_1 >= z_2 >= ...: the support is the largest k with 1 + k z_k > z_1 + ... + z_k.
+    rank = index + 1
+    finite = jnp.where(descending > -jnp.inf, descending, 0)
+    within = 1 + rank.astype(scaled.dtype) * descending > jnp.cumsum(finite, -1)
+    size = jnp.sum(within & (descending > -jnp.inf), -1, keepdims=True, dtype=jnp.int32)
+    inside = rank <= size
+    threshold = (jnp.sum(jnp.where(inside, finite, 0), -1, keepdims=True) - 1) / size.astype(scaled.dtype)
+    ranked = jnp.where(inside, jnp.maximum(finite - threshold, 0), 0)
+    ranked = jnp.where(jnp.any(jnp.isnan(scaled), -1, keepdims=True), jnp.nan, ranked)
+    place = jnp.argsort(order, -1)
+    return jnp.take_along_axis(ranked, place, -1) if actions > 1 else ranked
+
+
+@_sparsemax.defjvp
+def _sparsemax_jvp(primals, tangents):
+    policy = _sparsemax(*primals)
+    support = policy > 0
+    moved = jnp.where(support, tangents[0], 0)
+    share = sum_last(moved) / sum_last(support.astype(moved.dtype))
+    return policy, jnp.where(support, moved - share[..., None], 0)
 
 
 def _is_available(q: jax.Array) -> jax.Array:

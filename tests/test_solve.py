@@ -88,19 +88,26 @@ def test_the_span_bound_is_attained():
 def test_stats_of_value_iteration(kind):
     mdp, chosen = make_mdp(PROCESS, 0.9), regularizer(kind)
     values = [np.zeros(STATES)]
-    for _ in range(7):
-        values.append(np.asarray(chosen.conjugate(PROCESS.reward + 0.9 * PROCESS.dense @ values[-1])))
+
+    def sweep(value):
+        return np.asarray(chosen.conjugate(PROCESS.reward + 0.9 * PROCESS.dense @ value))
+
+    for _ in range(8):
+        values.append(sweep(values[-1]))
     solution = bj.solve(mdp, chosen, solver=bj.ValueIteration(1e-9, 7, centred=False))
     assert int(solution.stats.steps) == 7
     assert int(solution.result) == bj.Result.MAX_STEPS
     np.testing.assert_allclose(solution.value, values[7], rtol=1e-13)
-    residual = np.abs(values[7] - values[6]).max()
+    residual = np.abs(values[8] - values[7]).max()
     np.testing.assert_allclose(solution.stats.residual, residual, rtol=1e-10)
-    np.testing.assert_allclose(solution.stats.error_bound, 9 * residual, rtol=1e-10)  # 0.9 / (1 - 0.9)
+    np.testing.assert_allclose(solution.stats.error_bound, 10 * residual, rtol=1e-10)  # 1 / (1 - 0.9)
     centred = bj.solve(mdp, chosen, solver=bj.ValueIteration(1e-9, 7))
     gap = values[7] - values[6]
-    np.testing.assert_allclose(centred.value, values[7] + 9 * (gap.max() + gap.min()) / 2, rtol=1e-12)
-    np.testing.assert_allclose(centred.stats.error_bound, 9 * np.ptp(gap) / 2, rtol=1e-8)
+    middle = values[7] + 9 * (gap.max() + gap.min()) / 2
+    np.testing.assert_allclose(centred.value, middle, rtol=1e-12)
+    residual = np.abs(sweep(middle) - middle).max()
+    np.testing.assert_allclose(centred.stats.error_bound, 10 * residual, rtol=1e-8)
+    assert 10 * residual <= 9 * np.ptp(gap) / 2 * (1 + 1e-8)  # half of the bracket that the middle was taken of
 
 
 @pytest.mark.parametrize("solver", EXACT)

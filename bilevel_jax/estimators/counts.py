@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.adjoint import default_linear_solver, linear_solve
 from bilevel_jax.environments import TabularEnvironment, Trajectory
+from bilevel_jax.reductions import einsum, matmul
 from bilevel_jax.transitions import DenseOperator
 
 
@@ -45,7 +46,7 @@ class Counts(eqx.Module):
         """
         discount = discount.astype(reward.dtype)
         follows = discount * self.transition().astype(reward.dtype).reshape(*reward.shape, -1)
-        operator = DenseOperator(jnp.einsum("sa,sat->st", policy, follows))
+        operator = DenseOperator(einsum("sa,sat->st", policy, follows))
         solver = default_linear_solver(reward.shape[0])
         value, _ = linear_solve(solver, operator, discount, jnp.sum(policy * reward, -1), poison=True)
-        return reward + follows @ value
+        return reward + matmul(follows, value)

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax.lax import stop_gradient
 
+from bilevel_jax import rounding
 from bilevel_jax.adjoint import DIRECT_LIMIT, AdaptiveKrylov, default_linear_solver
 from bilevel_jax.hypergradient.lagrangian import Lagrangian
 from bilevel_jax.hypergradient.problem import Problem
-from bilevel_jax.mdp import MDP
-from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Result
 from bilevel_jax.solvers import Auto, read_out, solve
 
@@ -55,19 +54,11 @@ def error_bound(problem: Problem, x: Any, gradient: Any, value: jax.Array, adjoi
     distance = _norm(jax.tree.map(jnp.subtract, gradient, parts.total()), value.dtype)
     scale = sum((_norm(part, value.dtype) for part in parts), start=jnp.zeros((), value.dtype))
     known = jnp.all((better.result == Result.CONVERGED) | (better.result == Result.PRECISION_LIMIT))
-    return jnp.where(known, SAFETY * distance + scale * _rounding(mdp, regularizer, better.value), jnp.inf)
+    temperature = regularizer.temperature if regularizer.smooth else None
+    relative = rounding.of_gradient(better.value, temperature, mdp.modulus)
+    return jnp.where(known, SAFETY * distance + scale * relative, jnp.inf)
 
 
 def _norm(tree: Any, dtype: Any) -> jax.Array:
     """The 2-norm over all leaves, which may have several dtypes."""
     return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
-
-
-def _rounding(mdp: MDP, regularizer: Regularizer, value: jax.Array) -> jax.Array:
-    """About how large an error, relative to a gradient's summands, rounding makes: that of V over the temperature, and
-    that of a linear system with this discount. Not a worst case: both amplify constants most, which no policy sees.
-    """
-    logits = jnp.zeros((), value.dtype)
-    if regularizer.smooth:
-        logits = jnp.max(jnp.abs(value)) / jnp.min(regularizer.temperature).astype(value.dtype)
-    return jnp.finfo(value.dtype).eps * (logits + 1 / (1 - jnp.max(mdp.modulus)))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bilevel_jax.reductions import matmul
 from bilevel_jax.solvers.loop import Stepper
 from bilevel_jax.validation import require_setting
 
@@ -111,11 +112,11 @@ class AndersonIteration(Stepper):
 def _correction(values: jax.Array, gaps: jax.Array, gap: jax.Array) -> jax.Array:
     """(dV + dgap)' c [S] for the c [m] that makes |gap - dgap' c|_2 least. Unused rows are zero."""
     centred = gaps - jnp.mean(gaps, -1, keepdims=True)  # a constant is not an error here: the bracket takes it out
-    gram = centred @ gaps.T
+    gram = matmul(centred, gaps.T)
     eps = jnp.finfo(gap.dtype).eps
     ridge = jnp.maximum(10 * eps * jnp.trace(gram), jnp.finfo(gap.dtype).tiny)
-    weights = _solve_small(gram + ridge * jnp.eye(len(gram), dtype=gap.dtype), centred @ gap)
-    return weights @ (values + gaps)
+    weights = _solve_small(gram + ridge * jnp.eye(len(gram), dtype=gap.dtype), matmul(centred, gap))
+    return matmul(weights, values + gaps)
 
 
 def _solve_small(matrix: jax.Array, rhs: jax.Array) -> jax.Array:

@@ -6,26 +6,31 @@ smallest and largest expected discounts of a pair, sum_s' discount P. Hence, wit
   factor(g) = g * d / (1 - d), d being the discount that makes the bound wider.
 (MacQueen 1966, "A modified dynamic programming method for Markovian decision problems"; Porteus 1971.)
 For one discount the width is discount / (1 - discount) * span(gap): on chains that mix fast the span falls
-much faster than the gap itself.
+much faster than the gap itself. What rounding adds is made of the numbers of the sweep itself (rounding.py).
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from bilevel_jax import rounding
+from bilevel_jax.bellman import sizes_of, sup_norm
 from bilevel_jax.mdp import MDP
+from bilevel_jax.reductions import min_max
+from bilevel_jax.regularizers import Regularizer
 
 
 class Discounts(NamedTuple):
-    """The smallest and the largest expected discount of a pair, scalars."""
+    """The smallest and the largest expected discount of a pair, scalars, with what rounding may have done to them."""
 
     least: jax.Array
     most: jax.Array
 
 
 class Bracket(NamedTuple):
-    """T V + lower <= V* <= T V + upper, both widened by `rounding`; scalars, as `scale`, of |r| + |V*|."""
+    """T V + lower <= V* <= T V + upper, both widened by `rounding`; scalars."""
 
     lower: jax.Array
     upper: jax.Array
@@ -41,37 +46,104 @@ class Bracket(NamedTuple):
         """Bounds |T V + middle - V*|_inf, rounding apart."""
         return (self.upper - self.lower) / 2
 
+    @property
+    def reach(self) -> jax.Array:
+        """Bounds |T V - V*|_inf, rounding apart."""
+        return jnp.maximum(self.upper, -self.lower)
+
 
 def expected_discounts(mdp: MDP) -> Discounts:
     """From the row sums as they are: a row that sums to 1 + 1e-7 has a larger discount."""
     mass = mdp.discount * mdp.transition.expect(jnp.ones_like(mdp.reward[:, 0]))
-    if mdp.available is None:
-        return Discounts(jnp.min(mass), jnp.max(mass))
-    least = jnp.min(jnp.where(mdp.available, mass, jnp.inf))
-    return Discounts(least, jnp.max(jnp.where(mdp.available, mass, 0)))
+    least, most = mass, mass
+    if mdp.available is not None:
+        least, most = jnp.where(mdp.available, mass, jnp.inf), jnp.where(mdp.available, mass, 0)
+    return _allowing_for_row_sums(mdp, jnp.min(least), jnp.max(most))
 
 
 def contraction_only(mdp: MDP) -> Discounts:
     """Bounds by the contraction modulus alone; no product is made for them."""
-    return Discounts(jnp.zeros_like(mdp.modulus), mdp.modulus)
+    return _allowing_for_row_sums(mdp, jnp.zeros_like(mdp.modulus), mdp.modulus)
 
 
-def bracket(discounts: Discounts, low: jax.Array, high: jax.Array, rounding: jax.Array) -> Bracket:
-    """The bracket that min and max of T V - V prove; `rounding` is the error in one entry of T V."""
+def _allowing_for_row_sums(mdp: MDP, least: jax.Array, most: jax.Array) -> Discounts:
+    relative = rounding.of_row_sums(mdp.transition.terms, most.dtype)
+    return Discounts(least * (1 - relative), most * (1 + relative))
+
+
+def bracket(discounts: Discounts, low: jax.Array, high: jax.Array, noise: jax.Array) -> Bracket:
+    """The bracket that min and max of T V - V prove; `noise` is the error in one entry of T V."""
     least, most = (jnp.where((d >= 0) & (d < 1), d / (1 - d), jnp.inf) for d in discounts)
     upper = _times(high, jnp.where(high > 0, most, least))
     lower = _times(low, jnp.where(low > 0, least, most))
-    return Bracket(lower, upper, _times(rounding, 1 + most))
+    return Bracket(lower, upper, _times(noise, 1 + most))
 
 
 def _times(gap: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.where(gap == 0, 0, gap * factor)
 
 
-def rounding_of_sweep(mdp: MDP, scale: jax.Array) -> jax.Array:
-    """How far a computed T V may be from the true one, for |r| + |V| <= scale.
+class Certificate(NamedTuple):
+    """What one sweep at V proves of it; scalars.
 
-    Some roundings for r + discount * E and the conjugate, and the square root of their number for the sum
-    in E: their signs are not all the same. An allowance that is checked by test, not a worst case.
+    `residual` |T V - V|_inf. `error_bound` on |V - V*|_inf. `suboptimality` bounds max_s V*[s] - V^pi[s] for the
+    policy pi at V. `noise`, the largest rounding of the sweep. `implied`, a bound on |V*| that needs no iteration: the
+    most that the policy collects in a step, for ever. `excess`, the largest |T V - V| of a state in units of the
+    rounding of its own equation.
     """
-    return (4 + mdp.transition.terms**0.5) * jnp.finfo(scale.dtype).eps * scale
+
+    residual: jax.Array
+    error_bound: jax.Array
+    suboptimality: jax.Array
+    noise: jax.Array
+    implied: jax.Array
+    excess: jax.Array
+
+
+def certify(
+    mdp: MDP,
+    regularizer: Regularizer,
+    discounts: Discounts,
+    value: jax.Array,
+    q: jax.Array,
+    backup: jax.Array,
+    by_state: jax.Array,
+) -> Certificate:
+    """The certificate of V[S], given Q[S, A] and T V [S] at it.
+
+    T_pi V = T V for the policy pi at V, so that the bracket that V and T V prove holds V^pi as well as V*.
+    `by_state`, a bool: whether `excess` is worth a product where it cannot be told without.
+    """
+    terms = mdp.transition.terms
+    gap = backup - value
+    sizes = sizes_of(mdp, regularizer, value, q, backup)
+    noise = rounding.of_sweep(terms, discounts.most * sup_norm(value), jnp.max(sizes.q), jnp.max(sizes.spread))
+
+    def excess(expected):
+        return jnp.max(jnp.abs(gap) / rounding.of_sweep(terms, expected, sizes.q, sizes.spread))
+
+    # |E V| <= E|V|: a state whose equation holds to the rounding of |E V| needs no second expectation.
+    rough = excess(sizes.expectation)
+
+    def refine(carry):
+        del carry
+        return excess(sizes.expected()), jnp.asarray(False)
+
+    # A loop of one round, not a condition: where vmap advances a batch, it is left out unless an element needs it.
+    unclear = by_state & (rough > rounding.AT_WORKING_PRECISION)
+    exact, _ = lax.while_loop(lambda carry: carry[1], refine, (rough, unclear))
+
+    low, high = min_max(gap)
+    proven = bracket(discounts, low, high, noise)
+    # V* - V is between gap + lower and gap + upper.
+    error = jnp.maximum(high + proven.upper, -(low + proven.lower))
+    collected = sup_norm(sizes.collected) + rounding.underflow(terms, value.dtype)
+    horizon = jnp.where(discounts.most < 1, 1 / (1 - discounts.most), jnp.inf)
+    return Certificate(
+        jnp.maximum(high, -low),
+        error + proven.rounding,
+        2 * (proven.half_width + proven.rounding),
+        noise,
+        collected * horizon,
+        exact,
+    )

@@ -6,32 +6,30 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from bilevel_jax import rounding
 from bilevel_jax.bellman import action_values, sup_norm
 from bilevel_jax.mdp import MDP
 from bilevel_jax.reductions import min_max
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Result
+from bilevel_jax.rounds import Found, in_rounds
 from bilevel_jax.solvers.certificate import (
     Bracket,
-    Discounts,
+    Certificate,
     bracket,
+    certify,
     contraction_only,
     expected_discounts,
-    rounding_of_sweep,
 )
 from bilevel_jax.validation import require_stopping
-
-# Where the bracket is within so many times what rounding allows, a step that does not narrow it is the last.
-STALL = 64
 
 
 class SolveStats(eqx.Module):
     """How a solve went; scalars, one a batch element.
 
     `steps` counts Bellman sweeps, `products` the products with a policy's transitions between them.
-    `residual` is |T V - V|_inf at the last V swept. `error_bound` bounds |value - V*|_inf, rounding
+    `residual` is |T V - V|_inf at the value returned. `error_bound` bounds |value - V*|_inf, rounding
     included. `suboptimality` bounds max_s V*[s] - V^policy[s], both regularized.
     """
 
@@ -64,7 +62,8 @@ class Solver(eqx.Module):
     """What `solve` takes: `tolerance` and `max_steps`, and the iteration that they are for.
 
     `tolerance` is a bound on |value - V*|_inf, in units of the reward; None asks for working precision,
-    i.e. to go on until rounding leaves nothing to gain. `max_steps` counts Bellman sweeps.
+    i.e. to go on until the equation of each state holds to a few roundings of the numbers that it is made of
+    (docs/mathematics.md, "Certificates"). `max_steps` counts Bellman sweeps.
     """
 
     tolerance: eqx.AbstractVar[Any]
@@ -109,85 +108,125 @@ class Stepper(Solver):
         """The next V[S], the next state, and the number of products that were made."""
 
 
+class Walk(NamedTuple):
+    """Where an iteration stands: V[S], T V [S], what was kept of Q; the width of the bracket before; its costs."""
+
+    value: jax.Array
+    backup: jax.Array
+    kept: Any
+    previous: jax.Array
+    state: Any
+    steps: jax.Array
+    products: jax.Array
+
+
+class Answer(NamedTuple):
+    """V[S], Q[S, A] and T V [S] at it, and what that sweep proves."""
+
+    value: jax.Array
+    q: jax.Array
+    backup: jax.Array
+    certificate: Certificate
+
+
 def iterate(
     solver: Stepper, mdp: MDP, regularizer: Regularizer, value: jax.Array | None
-) -> tuple[jax.Array, jax.Array, SolveStats, Discounts]:
-    """Run `solver` from V[S], or from zeros, on one MDP.
+) -> tuple[jax.Array, jax.Array, jax.Array, SolveStats]:
+    """Run `solver` from V[S], or from zeros, on one MDP: V, Q[S, A], the result code and the stats.
 
-    Returns V, the result code, the stats, and the discounts that its bounds are made of.
-
-    Every step costs one sweep beside its own work; the last sweep is returned, not thrown away.
+    Steps go on until the bracket of V* is as narrow as was asked, or as rounding allows. One more sweep, at the value
+    to be returned, then proves what it is worth, and Q is read off there. To working precision, a value is accepted
+    if the equation of each state holds to that state's own rounding: the scale of one part of a process says nothing
+    about another. Where it is not, more steps follow (`in_rounds`).
     """
     discounts = expected_discounts(mdp) if solver.is_centred else contraction_only(mdp)
-    reward_scale = sup_norm(mdp.reward)
-    max_steps = jnp.asarray(solver.max_steps, jnp.int32)
     dtype = mdp.reward.dtype
-    target = jnp.asarray(0 if solver.tolerance is None else solver.tolerance, dtype)
+    to_working_precision = solver.tolerance is None
 
-    def look(value, backup):
-        """The bracket that a sweep proves, the half width that will do, and the residual."""
-        gap = backup - value
-        low, high = min_max(gap)
-        least, largest = min_max(backup)
-        scale = reward_scale + jnp.maximum(-least, largest)
-        now = bracket(discounts, low, high, rounding_of_sweep(mdp, scale))
-        # The result is T V + middle, and rounds as numbers of that size do.
-        now = now._replace(rounding=now.rounding * (1 + jnp.abs(now.middle) / scale))
-        return now, jnp.maximum(target - now.rounding, now.rounding), jnp.maximum(high, -low)
+    def rounding_of(size):
+        """The rounding of a sweep whose numbers are all at most `size`."""
+        zero = jnp.zeros_like(size)
+        return rounding.of_sweep(mdp.transition.terms, discounts.most * size, 2 * size, zero)
 
-    def width(now: Bracket):
-        return now.half_width if solver.is_centred else jnp.maximum(now.upper, -now.lower)
+    def look(walk: Walk, found: Found):
+        """The bracket that a sweep proves, the largest |T V - V|, and the rounding in it."""
+        low, high = min_max(walk.backup - walk.value)
+        least, largest = min_max(walk.backup)
+        noise = rounding_of(jnp.maximum(-least, largest)) + found.extra
+        return bracket(discounts, low, high, noise), jnp.maximum(high, -low), noise
 
-    def at_rounding(now: Bracket, previous):
-        return (width(now) <= now.rounding) | ((width(now) >= previous) & (width(now) <= STALL * now.rounding))
+    def width(seen: Bracket):
+        return seen.half_width if solver.is_centred else seen.reach
 
-    def finished(now: Bracket, previous):
-        bound = width(now) + now.rounding
-        return (bound <= target) | at_rounding(now, previous) | ~jnp.isfinite(bound)
+    def at_rounding(seen: Bracket, previous):
+        stalled = (width(seen) >= previous) & (width(seen) <= rounding.STALL * seen.rounding)
+        return (width(seen) <= seen.rounding) | stalled
 
     # What a sweep proves is read off in the condition, where V and T V are arrays that lie in memory: in the body,
     # XLA's CPU would compute the sweep once more for each maximum (docs/performance.md).
-    def unfinished(carry):
-        value, backup, _, previous, _, steps, _ = carry
-        return ~finished(look(value, backup)[0], previous) & (steps < max_steps)
+    def going(walk: Walk, found: Found):
+        seen, _, _ = look(walk, found)
+        bound = width(seen) + seen.rounding
+        return (bound > found.asked) & ~at_rounding(seen, walk.previous) & jnp.isfinite(bound)
 
-    def body(carry):
-        value, backup, kept, _, state, steps, products = carry
-        now, needed, _ = look(value, backup)
-        value, state, used = solver.step(mdp, Swept(value, backup, kept, now.half_width, needed), state)
+    def step(walk: Walk, found: Found, unseen) -> Walk:
+        seen, _, _ = look(walk, found)
+        needed = jnp.maximum(found.asked - seen.rounding, seen.rounding)
+        # Unseen steps are for states whose share of the bracket is too small to be seen: no step may be saved on.
+        half_width = jnp.where(unseen, jnp.inf, seen.half_width)
+        swept = Swept(walk.value, walk.backup, walk.kept, half_width, needed)
+        value, state, used = solver.step(mdp, swept, walk.state)
         q = action_values(mdp, value)
         kept = solver.keep(mdp, regularizer, q)
-        return value, regularizer.conjugate(q), kept, width(now), state, steps + 1, products + used
+        return Walk(value, regularizer.conjugate(q), kept, width(seen), state, walk.steps + 1, walk.products + used)
+
+    def find(walk: Walk, found: Found) -> Found:
+        seen, residual, noise = look(walk, found)
+        limited = at_rounding(seen, walk.previous)
+        value = walk.backup
+        if solver.is_centred:
+            # The middle of the bracket, unless it is noise: an absorbing end pins the level, and so may others.
+            near = seen.reach + seen.rounding <= found.asked
+            idle = residual <= rounding.NOISE * noise if to_working_precision else near
+            value = value + jnp.where(idle | ~jnp.isfinite(seen.middle), 0, seen.middle)
+        q = action_values(mdp, value)
+        backup = regularizer.conjugate(q)
+        proven = certify(mdp, regularizer, discounts, value, q, backup, by_state=limited & to_working_precision)
+        extra = jnp.maximum(proven.noise - rounding_of(sup_norm(value)), 0)
+        if to_working_precision:
+            asked = found.asked
+            accepted = (proven.excess <= rounding.AT_WORKING_PRECISION) & (proven.error_bound <= proven.implied)
+        else:
+            asked = jnp.minimum(found.asked, proven.implied)
+            accepted = proven.error_bound <= asked
+        # V may be finite where Q is not: an action that the regularizer never takes.
+        known = jnp.isfinite(q) if mdp.available is None else jnp.isfinite(q) | ~mdp.available
+        finite = jnp.all(known) & jnp.all(jnp.isfinite(backup)) & jnp.isfinite(proven.error_bound)
+        return Found(Answer(value, q, backup, proven), accepted, limited, finite, proven.excess, asked, extra)
 
     if value is None:  # the first Q is the reward, no product needed
         value = jnp.zeros_like(mdp.reward[:, 0])
         q = mdp.reward if mdp.available is None else jnp.where(mdp.available, mdp.reward, -jnp.inf)
     else:
         q = action_values(mdp, value)
-    first = value, regularizer.conjugate(q), solver.keep(mdp, regularizer, q)
-    counts = jnp.asarray(1, jnp.int32), jnp.asarray(0, jnp.int32)
-    start = (*first, jnp.asarray(jnp.inf, dtype), solver.start(mdp, value), *counts)
-    value, backup, _, previous, _, steps, products = lax.while_loop(unfinished, body, start)
-
-    now, _, residual = look(value, backup)
-    bound = width(now) + now.rounding
-    limit = Result.CONVERGED if solver.tolerance is None else Result.PRECISION_LIMIT
-    ended = jnp.where(at_rounding(now, previous), limit, Result.MAX_STEPS)
-    result = jnp.where(bound <= target, Result.CONVERGED, ended)
-    finite = jnp.all(jnp.isfinite(backup)) & jnp.isfinite(bound)
-    result = jnp.where(finite, result, Result.NOT_FINITE).astype(jnp.int32)
-    value = backup + now.middle if solver.is_centred else backup
-    # A policy greedy at a V within e of V* loses 2 e discount / (1 - discount) at most.
-    loss = bracket(discounts, -bound, bound, bound)
-    return value, result, SolveStats(steps, products, residual, bound, loss.upper - loss.lower), discounts
-
-
-def suboptimality(mdp: MDP, discounts: Discounts, value: jax.Array, backup: jax.Array) -> jax.Array:
-    """Bounds max_s V*[s] - V^pi[s] for pi greedy at V[S], given T V [S].
-
-    T_pi V = T V there, so the bracket that V and T V prove holds V^pi as well as V*.
-    """
-    gap = backup - value
-    scale = sup_norm(mdp.reward) + sup_norm(value)
-    proven = bracket(discounts, *min_max(gap), rounding_of_sweep(mdp, scale))
-    return 2 * (proven.half_width + proven.rounding)
+    zero, one = jnp.asarray(0, jnp.int32), jnp.asarray(1, jnp.int32)
+    unknown = jnp.asarray(jnp.inf, dtype)
+    backup = regularizer.conjugate(q)
+    walk = Walk(value, backup, solver.keep(mdp, regularizer, q), unknown, solver.start(mdp, value), one, zero)
+    walk, found = in_rounds(
+        walk,
+        Answer(value, q, backup, Certificate(*(unknown for _ in Certificate._fields))),
+        jnp.asarray(0 if to_working_precision else solver.tolerance, dtype),
+        jnp.asarray(solver.max_steps, jnp.int32),
+        going=going,
+        step=step,
+        find=find,
+        to_working_precision=to_working_precision,
+    )
+    answer = found.answer
+    ended = jnp.where(found.limited, Result.PRECISION_LIMIT, Result.MAX_STEPS)
+    result = jnp.where(found.accepted, Result.CONVERGED, ended)
+    result = jnp.where(found.finite, result, Result.NOT_FINITE).astype(jnp.int32)
+    proven = answer.certificate
+    stats = SolveStats(walk.steps, walk.products, proven.residual, proven.error_bound, proven.suboptimality)
+    return answer.value, answer.q, result, stats

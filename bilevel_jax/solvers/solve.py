@@ -13,7 +13,7 @@ from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome, Result
 from bilevel_jax.solvers.auto import Auto
 from bilevel_jax.solvers.evaluation import improve, policy_operator
-from bilevel_jax.solvers.loop import Solver, SolveStats, iterate, suboptimality
+from bilevel_jax.solvers.loop import Solver, SolveStats, iterate
 from bilevel_jax.validation import as_float, require_instance
 
 
@@ -86,15 +86,7 @@ def _solve(mdp, regularizer, initial_value, solver, adjoint):
 def _solve_one(mdp, regularizer, initial_value, *, solvers, adjoint):
     start = None if initial_value is None else lax.stop_gradient(initial_value)
     numbers = jax.tree.map(jnp.asarray, (solvers, adjoint))
-    value, result, stats, discounts = _fixed_point(*numbers, mdp, regularizer, start)
-    q = action_values(mdp, value)
-    if solvers[-1].is_centred:
-        frozen = lax.stop_gradient((mdp, regularizer, value, q))
-        loss = suboptimality(frozen[0], discounts, frozen[2], frozen[1].conjugate(frozen[3]))
-        stats = eqx.tree_at(lambda s: s.suboptimality, stats, loss)
-    # V may be finite where Q is not: an action that the regularizer never takes.
-    finite = jnp.isfinite(q) if mdp.available is None else jnp.isfinite(q) | ~mdp.available
-    result = jnp.where(jnp.all(finite), result, Result.NOT_FINITE).astype(jnp.int32)
+    value, q, result, stats = _fixed_point(*numbers, mdp, regularizer, start)
     return Solution(value, q, read_policy(regularizer, q), result, stats)
 
 
@@ -117,12 +109,12 @@ def _shares_transitions(solver, mdp, regularizer, start) -> bool:
 @one_at_a_time_on_cpu
 def _go_on(solver, mdp, regularizer, made):
     """`made` where it is done; from its V on where it came to its `max_steps`."""
-    value, result, before, _ = made
+    value, _, result, before = made
 
     def unfinished():
-        value_after, result, after, discounts = iterate(solver, mdp, regularizer, value)
+        value_after, q, result, after = iterate(solver, mdp, regularizer, value)
         counts = (before.steps + after.steps, before.products + after.products)
-        return value_after, result, eqx.tree_at(lambda s: (s.steps, s.products), after, counts), discounts
+        return value_after, q, result, eqx.tree_at(lambda s: (s.steps, s.products), after, counts)
 
     return lax.cond(result == Result.MAX_STEPS, unfinished, lambda: made)
 
@@ -138,11 +130,12 @@ def _fixed_point_jvp(primals, tangents):
     solvers, adjoint, mdp, regularizer, start = primals
     _, _, mdp_dot, regularizer_dot, _ = tangents
     # Called again, not closed over: a further derivative meets the same rule.
-    value, *report = _fixed_point(solvers, adjoint, mdp, regularizer, start)
+    value, q, *report = _fixed_point(solvers, adjoint, mdp, regularizer, start)
     _, backup_dot = jax.jvp(lambda m, r: backup(m, r, value), (mdp, regularizer), (mdp_dot, regularizer_dot))
-    operator = policy_operator(mdp, improve(regularizer, action_values(mdp, value)))
+    operator = policy_operator(mdp, improve(regularizer, q))
     value_dot, _ = linear_solve(adjoint, operator, mdp.modulus, backup_dot, poison=True)
-    return (value, *report), (value_dot, *zero_tangents(tuple(report)))
+    _, q_dot = jax.jvp(action_values, (mdp, value), (mdp_dot, value_dot))
+    return (value, q, *report), (value_dot, q_dot, *zero_tangents(tuple(report)))
 
 
 def read_out(mdp: MDP, regularizer: Regularizer, value: jax.Array, result: jax.Array, stats: SolveStats) -> Solution:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.indexing import gather
+from bilevel_jax.reductions import einsum, matmul
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.validation import as_float, require_distribution
 
@@ -18,10 +19,10 @@ class DenseOperator(StateOperator):
     entries: jax.Array
 
     def apply(self, values):
-        return self.entries @ values
+        return matmul(self.entries, values)
 
     def apply_transpose(self, masses):
-        return masses @ self.entries
+        return matmul(masses, self.entries)
 
     def matrix(self):
         return self.entries
@@ -81,13 +82,13 @@ class DenseTransition(Transition):
     # matrix product of two 2-D operands, without a transposed copy of P.
 
     def expect(self, values):
-        return (self._rows() @ values).reshape(self.probability.shape[:-1])
+        return matmul(self._rows(), values).reshape(self.probability.shape[:-1])
 
     def push(self, masses):
-        return masses.reshape(-1) @ self._rows()
+        return matmul(masses.reshape(-1), self._rows())
 
     def under(self, weights):
-        return DenseOperator(jnp.einsum("sa,saj->sj", weights, self.probability))
+        return DenseOperator(einsum("sa,saj->sj", weights, self.probability))
 
     def diagonal(self):
         return jnp.diagonal(self.probability, axis1=0, axis2=2).T

@@ -1,7 +1,7 @@
 """Products at full precision, and sums and maxima over a short last axis, as the actions are.
 
-Accelerators multiply matrices of float32 with operands of ten bits unless they are told otherwise (TF32, bfloat16). Error
-bounds rest on products: each of them asks for all bits.
+Accelerators multiply matrices of float32 with operands of ten bits unless they are told otherwise (TF32, bfloat16).
+Error bounds rest on products: each of them asks for all bits.
 
 XLA's CPU reduces an innermost axis of a few entries one number at a time, and fuses what it reduces into
 that loop: at S = 10^6, A = 4 a maximum over gathered action values took 60 to 100 ms where the same

@@ -31,7 +31,8 @@ MESSAGES = {
         "discount, the temperature or the upper variable, and for a temperature or a discount out of range"
     ),
     Result.PRECISION_LIMIT: (
-        "rounding stopped the iteration before the tolerance; loosen the tolerance or use float64 "
+        "rounding stopped the iteration before the tolerance, or allows no bound that says anything; loosen the "
+        "tolerance, use a smaller discount or float64 "
         "(jax.config.update('jax_enable_x64', True))"
     ),
 }

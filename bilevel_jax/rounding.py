@@ -23,8 +23,10 @@ STALL = 64
 # Bounds on a gain are trivial where they are as far apart as the rewards that are collected; it is known to working
 # precision where they are nearer than this fraction of that, or than the rounding of these rewards.
 KNOWN = 0.01
-# Rounds of steps without a smaller residual after which rounding has ended an iteration to working precision.
+# So many rounds in a row without a smaller residual, each of at least so many steps, and rounding has ended an
+# iteration. Fewer steps may gain less than the noise in a residual: those of value iteration gain 1 - discount each.
 PATIENCE = 3
+LEAST_BURST = 16
 
 # A residual |b - A x|_2 of at most so many eps |x|_2 is what rounding leaves even to a good solution: it computes A x,
 # whose entries have a few roundings each. Krylov solvers stop at the first, the report accepts the second.

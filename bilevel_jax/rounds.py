@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevel_jax.rounding import PATIENCE
+from bilevel_jax.rounding import LEAST_BURST, PATIENCE
 
 
 class Found(NamedTuple):
@@ -87,7 +87,8 @@ def in_rounds(
         if to_working_precision:
             burst = jnp.maximum(2 * now.burst, 1)
             until = jnp.minimum(walk.steps + burst, max_steps)
-            stale = jnp.where(found.excess < now.excess, 0, now.stale + 1)
+            long_enough = (now.burst >= LEAST_BURST).astype(jnp.int32)
+            stale = jnp.where(found.excess < now.excess, 0, now.stale + long_enough)
             stuck = stale >= PATIENCE
         else:
             burst, until, stale = now.burst, now.until, now.stale

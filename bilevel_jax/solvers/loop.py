@@ -183,16 +183,21 @@ def iterate(
     def find(walk: Walk, found: Found) -> Found:
         seen, residual, noise = look(walk, found)
         limited = at_rounding(seen, walk.previous)
-        value = walk.backup
+        shift, wide = jnp.zeros_like(residual), seen.reach
         if solver.is_centred:
             # The middle of the bracket, unless it is noise: an absorbing end pins the level, and so may others.
             near = seen.reach + seen.rounding <= found.asked
             idle = residual <= rounding.NOISE * noise if to_working_precision else near
-            value = value + jnp.where(idle | ~jnp.isfinite(seen.middle), 0, seen.middle)
+            centred = ~idle & jnp.isfinite(seen.middle)
+            shift, wide = jnp.where(centred, seen.middle, 0), jnp.where(centred, seen.half_width, wide)
+        value = walk.backup + shift
         q = action_values(mdp, value)
         backup = regularizer.conjugate(q)
         proven = certify(mdp, regularizer, discounts, value, q, backup, by_state=limited & to_working_precision)
         extra = jnp.maximum(proven.noise - rounding_of(sup_norm(value)), 0)
+        # Both sweeps prove something, the last one and that at the value itself.
+        before = wide + bracket(discounts, residual, residual, jnp.maximum(proven.noise, noise)).rounding
+        proven = proven._replace(error_bound=jnp.minimum(proven.error_bound, before))
         if to_working_precision:
             asked = found.asked
             accepted = (proven.excess <= rounding.AT_WORKING_PRECISION) & (proven.error_bound <= proven.implied)

@@ -7,6 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevel_jax.adjoint import BiCGStab, Preconditioner, linear_solve, residual_of
+from bilevel_jax.adjoint.factorization import (
+    Candidate,
+    is_affordable,
+    operations_in_products,
+    solve_if,
+    time_in_products,
+)
 from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
 from bilevel_jax.solvers.loop import Stepper
 from bilevel_jax.validation import require_instance, require_setting
@@ -25,6 +32,16 @@ BUDGET = 3
 TRIAL = 8
 # Newton's steps need not narrow the bracket each time; after so many that did not, only sweeps follow.
 PATIENCE = 40
+# A factorization is considered once products took this part of its time, and made where what they gained says that the
+# rest of the solve would take as long as so many factorizations: Newton's method needs some.
+SHARE = 1 / 4
+FACTORIZATIONS = 4
+# After a factorization the next is due when products took this much less of its time, if it paid; and so many times
+# more if it did not narrow the bracket by this factor, up to so many times in a row.
+SOONER = 1 / 8
+LATER, PAID, MOST_FAILURES = 4, 2, 8
+# What a step costs beside its products, in products: the sweep that improves the policy.
+SWEEP = 2
 
 
 class Record(NamedTuple):
@@ -36,6 +53,19 @@ class Record(NamedTuple):
     krylov_rate: jax.Array
     best: jax.Array
     stale: jax.Array
+
+
+class Spending(NamedTuple):
+    """What products gained since the last factorization, or since the start: whether one is due.
+
+    `reference` half width of the bracket then, `spent` products since, `factorized` whether the last step was a
+    factorization, and `failures`, how many of them in a row did not pay.
+    """
+
+    reference: jax.Array
+    spent: jax.Array
+    factorized: jax.Array
+    failures: jax.Array
 
 
 class AdaptivePolicyIteration(Stepper):
@@ -76,18 +106,36 @@ class AdaptivePolicyIteration(Stepper):
         return improve(regularizer, q)
 
     def start(self, mdp, value):
-        del mdp
-        return Record(
-            jnp.asarray(PRIOR_RATE, value.dtype), jnp.asarray(jnp.inf, value.dtype), jnp.asarray(0, jnp.int32)
-        )
+        zero, infinity = jnp.asarray(0, jnp.int32), jnp.asarray(jnp.inf, value.dtype)
+        spending = Spending(infinity, jnp.zeros_like(infinity), jnp.asarray(False), zero)
+        record = Record(jnp.asarray(PRIOR_RATE, value.dtype), infinity, zero)
+        return record, spending if is_affordable(mdp.num_states) else None
 
     def step(self, mdp, swept, state):
+        record, spending = state
+        most = jnp.asarray(self.sweeps, jnp.int32)
+        if spending is None:
+            total, record, products = self._iterate(mdp, swept, record, most)
+            return swept.value + total, (record, None), products
+        operator = policy_operator(mdp, swept.kept)
+        price = time_in_products(operator)
+        best = jnp.minimum(record.best, swept.half_width)
+        spending, wait = _look_back(spending, best, price)
+        due = _is_due(spending, best, swept.needed, price, wait)
+        exact = solve_if(due, operator, swept.gap, Candidate(jnp.zeros_like(swept.gap), swept.gap)).x
+        total, record, products = self._iterate(mdp, swept, record, jnp.where(due, 0, most))
+        spent = spending.spent + (products + SWEEP).astype(best.dtype)
+        spending = spending._replace(reference=jnp.where(due, best, spending.reference), spent=spent, factorized=due)
+        products = jnp.where(due, operations_in_products(operator), products).astype(jnp.int32)
+        return swept.value + jnp.where(due, exact, total), (record, spending), products
+
+    def _iterate(self, mdp, swept, state, most):
+        """What at most `most` sweeps or a Krylov solve add to V, the record, and the products that were made."""
         operator = fold_where_it_pays(mdp, policy_operator(mdp, swept.kept))
         gap = swept.gap
         dtype = gap.dtype
         enough = swept.needed / swept.half_width / 2
         stop = jnp.maximum(jnp.asarray(self.forcing, dtype), enough) * span(gap)
-        most = jnp.asarray(self.sweeps, jnp.int32)
 
         half, term, first = sweep_policy(operator, gap, gap, stop, jnp.minimum(most, TRIAL // 2))
         middle = span(term)
@@ -117,4 +165,28 @@ class AdaptivePolicyIteration(Stepper):
         worth_it = short & (state.krylov_rate / KRYLOV_COST > sweep_rate) & (stale < PATIENCE)
         total, products, krylov_rate = lax.cond((second >= TRIAL - TRIAL // 2) & worth_it, solve, sweep, None)
         state = Record(krylov_rate, jnp.minimum(state.best, swept.half_width), stale)
-        return swept.value + total, state, made + products
+        return total, state, made + products
+
+
+def _look_back(spending: Spending, best: jax.Array, price: float) -> tuple[Spending, jax.Array]:
+    """The record at a bracket of half width `best`, and how many products are to be made before a factorization.
+
+    `price`: what a factorization costs, in products.
+    """
+    paid = PAID * best <= spending.reference
+    failures = jnp.where(spending.factorized, jnp.where(paid, 0, spending.failures + 1), spending.failures)
+    wait = SHARE * price * LATER ** jnp.minimum(failures, MOST_FAILURES).astype(best.dtype)
+    again = spending.factorized | jnp.isinf(spending.reference)
+    reference = jnp.where(again, best, spending.reference)
+    spent = jnp.where(again, jnp.where(spending.factorized & paid, (1 - SOONER) * wait, 0), spending.spent)
+    # What was gained long ago says little: half of it is forgotten, now and then.
+    old = spent > wait / SHARE
+    reference = jnp.where(old, jnp.sqrt(reference) * jnp.sqrt(best), reference)
+    spent = jnp.where(old, spent / 2, spent)
+    return Spending(reference, spent, jnp.asarray(False), failures), wait
+
+
+def _is_due(spending: Spending, best: jax.Array, needed: jax.Array, price: float, wait: jax.Array) -> jax.Array:
+    """Whether what products gained says that the rest takes as long as some factorizations."""
+    gained, left = jnp.log(spending.reference / best), jnp.log(best / needed)
+    return (spending.spent >= wait) & (left * spending.spent > FACTORIZATIONS * price * gained)

@@ -13,7 +13,6 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.transitions.protocol import PolicyOperator, Transition
 from bilevel_jax.validation import is_known
 
-
 # Columns of a matrix that are made at a time.
 COLUMNS = 64
 

@@ -50,7 +50,7 @@ def sum_slots(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
 
 
 def map_slots(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """function(array_0[k], array_1[k], ...) for each k, stacked: by a loop where there are many, which compiles once."""
+    """function(array_0[k], array_1[k], ...) for each k, stacked; many by a loop, which compiles once."""
     slots = arrays[0].shape[0]
     if slots > UNROLLED:
         return lax.map(lambda slot: function(*slot), arrays)

@@ -6,7 +6,6 @@ degree below S is small on it, so that every Krylov method gains next to nothing
 sweeps gain 1 - discount each. A factorization does not see the difference.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import lu_factor, lu_solve
 
-from bilevel_jax.adjoint.protocol import residual_of
 from bilevel_jax.transitions import StateOperator
 
 # The most states for which a fall-back exists: a matrix of 200 MB in float64, factorized in some seconds.
@@ -61,47 +59,62 @@ class Candidate(NamedTuple):
 
 
 def solve_if(
-    needed: jax.Array, operator: StateOperator, rhs: jax.Array, otherwise: Candidate, *, transpose: bool = False
-) -> Candidate:
-    """x[S] of (I - M) x = rhs, or (I - M') x = rhs, by LU where `needed`, a scalar bool, and nearer than `otherwise`.
+    needed: jax.Array, operator: StateOperator, rhs: jax.Array, otherwise: jax.Array, *, transpose: bool = False
+) -> jax.Array:
+    """x[S] with (I - M) x = rhs, or (I - M') x = rhs, by LU where `needed`, a scalar bool; else `otherwise` [S].
 
     Under vmap too nothing is factorized that is not needed, and one matrix at a time is held: elements that share an
     operator share its factorization, others go one after another (batched LAPACK calls deadlock XLA's CPU pool, see
     `batching.py`, and a batch of matrices may not fit an accelerator's memory). Not differentiable by itself.
     """
-    one_of_each = jax.tree.map(lambda leaf: leaf[None], (needed, rhs, otherwise))
-    found = _solve_some(transpose)(operator, *one_of_each)
-    return jax.tree.map(lambda leaf: leaf[0], found)
+
+    def solve(matrix, rhs, otherwise):
+        del otherwise
+        return _substitute(lu_factor(matrix), rhs, transpose)
+
+    return _if_needed(solve, needed, operator, rhs, otherwise)
 
 
-@functools.cache
-def _solve_some(transpose: bool):
-    """`solve_if` for one operator and any number of right-hand sides [B, S]."""
+def improve_if(
+    needed: jax.Array, operator: StateOperator, rhs: jax.Array, found: Candidate, *, transpose: bool = False
+) -> Candidate:
+    """As `solve_if`, with one step of iterative refinement, and the residual; `found` where that is nearer."""
+
+    def solve(matrix, rhs, found):
+        factors = lu_factor(matrix)
+
+        def residual(x):
+            return rhs - jnp.matmul(x, matrix if transpose else matrix.T, precision=lax.Precision.HIGHEST)
+
+        def refine(_, pair):
+            x = pair.x + _substitute(factors, pair.gap, transpose)
+            return Candidate(x, residual(x))
+
+        x, gap = lax.fori_loop(0, 2, refine, Candidate(jnp.zeros_like(rhs), rhs))
+        nearer = jnp.max(jnp.abs(gap), -1) < jnp.max(jnp.abs(found.gap), -1)  # False for NaN
+        return Candidate(*(jnp.where(nearer[:, None], new, old) for new, old in ((x, found.x), (gap, found.gap))))
+
+    return _if_needed(solve, needed, operator, rhs, found)
+
+
+def _substitute(factors, rhs, transpose):
+    """Of right-hand sides [B, S]."""
+    return lu_solve(factors, rhs.T, trans=1 if transpose else 0).T
+
+
+def _if_needed(solve, needed, operator, rhs, otherwise):
+    """`solve(I - M, rhs[B, S], otherwise[B, ...])` of one system where it is needed."""
 
     @jax.jit
-    def solve(operator, needed, rhs, otherwise):
-        system = operator.T if transpose else operator
-
+    def run(operator, needed, rhs, otherwise):
         def factorize():
             matrix = operator.matrix()
-            factors = lu_factor(jnp.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix)
-
-            def substitute(b):
-                return lu_solve(factors, b.T, trans=1 if transpose else 0).T
-
-            def residual(x):
-                return jax.vmap(lambda x, b: residual_of(system, x, b))(x, rhs)
-
-            x = substitute(rhs)
-            x = x + substitute(residual(x))  # refined by the products that the residual is measured with
-            gap = residual(x)
-            nearer = jnp.max(jnp.abs(gap), -1) < jnp.max(jnp.abs(otherwise.gap), -1)  # False for NaN
-            take = (needed & nearer)[:, None]
-            return Candidate(jnp.where(take, x, otherwise.x), jnp.where(take, gap, otherwise.gap))
+            found = solve(jnp.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix, rhs, otherwise)
+            return jax.tree.map(lambda new, old: jnp.where(needed[:, None], new, old), found, otherwise)
 
         return lax.cond(jnp.any(needed), factorize, lambda: otherwise)
 
-    mapped = jax.custom_batching.custom_vmap(solve)
+    mapped = jax.custom_batching.custom_vmap(run)
 
     @mapped.def_vmap
     def rule(axis_size, in_batched, operator, *vectors):
@@ -120,4 +133,5 @@ def _solve_some(transpose: bool):
             found = jax.tree.map(lambda leaf: leaf.reshape(axis_size, -1, leaf.shape[-1]), found)
         return found, jax.tree.map(lambda _: True, found)
 
-    return mapped
+    found = mapped(operator, *jax.tree.map(lambda leaf: leaf[None], (needed, rhs, otherwise)))
+    return jax.tree.map(lambda leaf: leaf[0], found)

@@ -13,9 +13,9 @@ from jax.core import Tracer
 
 from bilevel_jax.adjoint.factorization import (
     Candidate,
+    improve_if,
     is_affordable,
     operations_in_products,
-    solve_if,
     time_in_products,
 )
 from bilevel_jax.adjoint.preconditioners import Preconditioner
@@ -98,7 +98,7 @@ class KrylovSolver(LinearSolver):
         attempt, reached = _batchable(transpose)(operator, self, prepared, rhs, guess)
         if not (self.fall_back and is_affordable(rhs.shape[-1])):
             return attempt
-        found = solve_if(~reached, operator, rhs, Candidate(attempt.x, attempt.gap), transpose=transpose)
+        found = improve_if(~reached, operator, rhs, Candidate(attempt.x, attempt.gap), transpose=transpose)
         steps = attempt.steps + jnp.where(reached, 0, operations_in_products(operator)).astype(jnp.int32)
         return Attempt(found.x, steps, attempt.stalled | ~reached, found.gap)
 

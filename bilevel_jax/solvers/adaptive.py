@@ -1,5 +1,6 @@
 """Policy iteration that measures which way of evaluating a policy pays on the problem at hand."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,6 @@ from jax import lax
 
 from bilevel_jax.adjoint import BiCGStab, Preconditioner, linear_solve, residual_of
 from bilevel_jax.adjoint.factorization import (
-    Candidate,
     is_affordable,
     operations_in_products,
     solve_if,
@@ -36,10 +36,9 @@ PATIENCE = 40
 # rest of the solve would take as long as so many factorizations: Newton's method needs some.
 SHARE = 1 / 4
 FACTORIZATIONS = 4
-# After a factorization the next is due when products took this much less of its time, if it paid; and so many times
-# more if it did not narrow the bracket by this factor, up to so many times in a row.
-SOONER = 1 / 8
-LATER, PAID, MOST_FAILURES = 4, 2, 8
+# After the first the next ones are considered sooner, by this factor; and later by that with each of them, so that
+# where they do not pay either, most of the time goes to products in the end.
+SOONER, LATER = 1 / 8, 1.25
 # What a step costs beside its products, in products: the sweep that improves the policy.
 SWEEP = 2
 
@@ -56,16 +55,28 @@ class Record(NamedTuple):
 
 
 class Spending(NamedTuple):
-    """What products gained since the last factorization, or since the start: whether one is due.
+    """What products gained since the last factorization, or since the start.
 
-    `reference` half width of the bracket then, `spent` products since, `factorized` whether the last step was a
-    factorization, and `failures`, how many of them in a row did not pay.
+    `reference`: half width of the bracket then, inf until a sweep has found it; `spent` products since, and `made`
+    factorizations.
     """
 
     reference: jax.Array
     spent: jax.Array
-    factorized: jax.Array
-    failures: jax.Array
+    made: jax.Array
+
+    def is_due(self, best: jax.Array, needed: jax.Array, price: float) -> jax.Array:
+        """Whether a factorization, of the time of `price` products, is the way from a half width `best` to `needed`."""
+        wait = jnp.where(self.made > 0, SOONER * jnp.exp(self.made * math.log(LATER)), 1) * (SHARE * price)
+        gained, left = jnp.log(self.reference / best), jnp.log(best / needed)
+        return (self.spent >= wait) & (left * self.spent > FACTORIZATIONS * price * gained)
+
+    def after(self, due: jax.Array, best: jax.Array, products: jax.Array) -> "Spending":
+        reference = jnp.where(jnp.isinf(self.reference), best, self.reference)
+        spent = self.spent + (products + SWEEP).astype(best.dtype)
+        return Spending(
+            jnp.where(due, jnp.inf, reference), jnp.where(due, 0, spent), self.made + due.astype(best.dtype)
+        )
 
 
 class AdaptivePolicyIteration(Stepper):
@@ -106,10 +117,9 @@ class AdaptivePolicyIteration(Stepper):
         return improve(regularizer, q)
 
     def start(self, mdp, value):
-        zero, infinity = jnp.asarray(0, jnp.int32), jnp.asarray(jnp.inf, value.dtype)
-        spending = Spending(infinity, jnp.zeros_like(infinity), jnp.asarray(False), zero)
-        record = Record(jnp.asarray(PRIOR_RATE, value.dtype), infinity, zero)
-        return record, spending if is_affordable(mdp.num_states) else None
+        infinity, zero = jnp.asarray(jnp.inf, value.dtype), jnp.zeros((), value.dtype)
+        record = Record(jnp.asarray(PRIOR_RATE, value.dtype), infinity, jnp.asarray(0, jnp.int32))
+        return record, Spending(infinity, zero, zero) if is_affordable(mdp.num_states) else None
 
     def step(self, mdp, swept, state):
         record, spending = state
@@ -118,14 +128,11 @@ class AdaptivePolicyIteration(Stepper):
             total, record, products = self._iterate(mdp, swept, record, most)
             return swept.value + total, (record, None), products
         operator = policy_operator(mdp, swept.kept)
-        price = time_in_products(operator)
         best = jnp.minimum(record.best, swept.half_width)
-        spending, wait = _look_back(spending, best, price)
-        due = _is_due(spending, best, swept.needed, price, wait)
-        exact = solve_if(due, operator, swept.gap, Candidate(jnp.zeros_like(swept.gap), swept.gap)).x
+        due = spending.is_due(best, swept.needed, time_in_products(operator))
+        exact = solve_if(due, operator, swept.gap, jnp.zeros_like(swept.gap))
         total, record, products = self._iterate(mdp, swept, record, jnp.where(due, 0, most))
-        spent = spending.spent + (products + SWEEP).astype(best.dtype)
-        spending = spending._replace(reference=jnp.where(due, best, spending.reference), spent=spent, factorized=due)
+        spending = spending.after(due, best, products)
         products = jnp.where(due, operations_in_products(operator), products).astype(jnp.int32)
         return swept.value + jnp.where(due, exact, total), (record, spending), products
 
@@ -166,27 +173,3 @@ class AdaptivePolicyIteration(Stepper):
         total, products, krylov_rate = lax.cond((second >= TRIAL - TRIAL // 2) & worth_it, solve, sweep, None)
         state = Record(krylov_rate, jnp.minimum(state.best, swept.half_width), stale)
         return total, state, made + products
-
-
-def _look_back(spending: Spending, best: jax.Array, price: float) -> tuple[Spending, jax.Array]:
-    """The record at a bracket of half width `best`, and how many products are to be made before a factorization.
-
-    `price`: what a factorization costs, in products.
-    """
-    paid = PAID * best <= spending.reference
-    failures = jnp.where(spending.factorized, jnp.where(paid, 0, spending.failures + 1), spending.failures)
-    wait = SHARE * price * LATER ** jnp.minimum(failures, MOST_FAILURES).astype(best.dtype)
-    again = spending.factorized | jnp.isinf(spending.reference)
-    reference = jnp.where(again, best, spending.reference)
-    spent = jnp.where(again, jnp.where(spending.factorized & paid, (1 - SOONER) * wait, 0), spending.spent)
-    # What was gained long ago says little: half of it is forgotten, now and then.
-    old = spent > wait / SHARE
-    reference = jnp.where(old, jnp.sqrt(reference) * jnp.sqrt(best), reference)
-    spent = jnp.where(old, spent / 2, spent)
-    return Spending(reference, spent, jnp.asarray(False), failures), wait
-
-
-def _is_due(spending: Spending, best: jax.Array, needed: jax.Array, price: float, wait: jax.Array) -> jax.Array:
-    """Whether what products gained says that the rest takes as long as some factorizations."""
-    gained, left = jnp.log(spending.reference / best), jnp.log(best / needed)
-    return (spending.spent >= wait) & (left * spending.spent > FACTORIZATIONS * price * gained)

@@ -18,6 +18,7 @@ from jax.core import Tracer
 
 from bilevel_jax import rounding
 from bilevel_jax.adjoint import DIRECT_LIMIT, GMRES, Direct, LinearSolver, linear_solve, zero_tangents
+from bilevel_jax.adjoint.factorization import is_affordable, solve_if, time_in_products
 from bilevel_jax.batching import one_at_a_time_on_cpu
 from bilevel_jax.bellman import action_values, backup, check_compatible, greedy, read_policy, sizes_of, sup_norm
 from bilevel_jax.errors import InputError
@@ -27,11 +28,14 @@ from bilevel_jax.reductions import matmul, min_max
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome, Result
 from bilevel_jax.rounds import Found, in_rounds
+from bilevel_jax.transitions import StateOperator
 from bilevel_jax.validation import as_float, require_instance, require_setting, require_stopping
 
 DAMPING = 0.1
 # The most sweeps in place of one policy iteration, 2^10.
 MOST_DOUBLINGS = 10
+# The relative residual of a step's linear system that is solved by products.
+ROUGH = 0.1
 
 
 class AverageRewardStats(eqx.Module):
@@ -148,7 +152,8 @@ class RelativePolicyIteration(AverageRewardSolver):
       tolerance: bound on |gain - g*|; None asks for working precision.
       max_steps: sweeps at most (a few more may be made before it is noticed).
       linear_solver: None is direct up to 512 states, and above one cycle of GMRES at most, to a relative
-        residual of 0.1.
+        residual of 0.1; where that cycle gained so little that the rest would take longer than a factorization, that
+        is made up to 5,000 states.
 
     Raises:
       InputError: tolerance below 0 or max_steps below 1, or no `LinearSolver`.
@@ -163,14 +168,10 @@ class RelativePolicyIteration(AverageRewardSolver):
         require_instance("linear_solver", self.linear_solver, LinearSolver | None)
 
     def step(self, mdp, regularizer, iterate):
-        solver = self.linear_solver
-        if solver is None:
-            solver = Direct() if mdp.num_states <= DIRECT_LIMIT else GMRES(tolerance=0.1, max_cycles=1)
         bias, q, gap, failures = iterate
         operator = unichain_operator(mdp, regularizer.policy(q))
         centered = gap - (jnp.max(gap) + jnp.min(gap)) / 2
-        unused = jnp.zeros((), gap.dtype)  # a modulus, for an error bound that nobody reads
-        correction, _ = linear_solve(solver, operator, unused, centered, share=False)
+        correction = _correction(self.linear_solver, operator, centered)
         new = bias + jnp.where(rounding.is_moderate(correction, centered), correction, 0)
         better = jnp.ptp(backup(mdp, regularizer, new) - new) < jnp.ptp(gap)
 
@@ -181,6 +182,21 @@ class RelativePolicyIteration(AverageRewardSolver):
         sweeps = jnp.where(better, 0, 2 ** jnp.minimum(failures, MOST_DOUBLINGS)).astype(jnp.int32)
         new = lax.fori_loop(0, sweeps, sweep, jnp.where(better, new, bias))
         return Step(new, jnp.where(better, 0, failures + 1), sweeps + 1)
+
+
+def _correction(solver: LinearSolver | None, operator: StateOperator, rhs: jax.Array) -> jax.Array:
+    """x[S] with (I - M) x = rhs as nearly as a step of policy iteration deserves, for the operator of a policy."""
+    unused = jnp.zeros((), rhs.dtype)  # a modulus, for an error bound that nobody reads
+    if solver is not None or rhs.shape[0] <= DIRECT_LIMIT:
+        return linear_solve(Direct() if solver is None else solver, operator, unused, rhs, share=False)[0]
+    x, stats = linear_solve(GMRES(tolerance=ROUGH, max_cycles=1), operator, unused, rhs, share=False)
+    if not is_affordable(rhs.shape[0]):
+        return x
+    ratio = stats.residual / jnp.max(jnp.abs(rhs))
+    # At what it gained a product, would the rest take longer than a factorization?
+    left = jnp.log(ratio / ROUGH) * stats.steps.astype(rhs.dtype)
+    slow = left > -jnp.log(ratio) * time_in_products(operator)
+    return solve_if(slow, operator, rhs, x)
 
 
 def solve_average_reward(

@@ -153,6 +153,10 @@ class UnichainOperator(StateOperator):
         """The diagonal, [S]."""
         return self.operator.diagonal() - self.border
 
+    @property
+    def matrix_products(self):
+        return self.operator.matrix_products
+
     def fold(self):
         return UnichainOperator(self.operator.fold(), self.border)
 

@@ -62,6 +62,14 @@ def sum_slots(term: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
     return lax.platform_dependent(*arrays, cpu=looped, default=unrolled)
 
 
+def map_slots(function: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """function(array_0[k], array_1[k], ...) for each k, stacked; many by a loop, which compiles once."""
+    slots = arrays[0].shape[0]
+    if slots > UNROLLED:
+        return lax.map(lambda slot: function(*slot), arrays)
+    return jnp.stack([function(*(array[k] for array in arrays)) for k in range(slots)])
+
+
 def argmax_last(x: jax.Array) -> jax.Array:
     """The first index of the maximum over the last axis, int32. NaN counts as no maximum."""
     length = x.shape[-1]

@@ -1,5 +1,6 @@
 """Sweeps with extrapolation, and BiCGStab where these are slow."""
 
+import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
@@ -20,8 +21,13 @@ class AdaptiveKrylov(BiCGStab):
     discount, each with less beside it than an iteration of BiCGStab has. Once a sweep lowers the
     extrapolated residual by less than a quarter, BiCGStab starts from there.
 
-    Arguments and errors are those of `BiCGStab`.
+    Up to 5,000 states an LU factorization follows where either gains too little, as on chains that go round:
+    as soon as what was gained a product says that it is the cheaper way on.
+
+    Arguments and errors are those of `BiCGStab`, but that `fall_back` is True unless it is set to False.
     """
+
+    fall_back: bool = eqx.field(default=True, static=True)
 
     def segment(self, contraction, gap, norm, target, budget):
         def unfinished(carry):

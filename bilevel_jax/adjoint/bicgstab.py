@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 
@@ -25,14 +26,16 @@ class BiCGStab(KrylovSolver):
         what rounding leaves to reach if that is more. A tolerance given and out of reach is reported.
       max_steps: products at most, but for the last restart's few.
       preconditioner: None, `Jacobi()`, `ConstantDeflation()` or `NeumannPreconditioner(terms)`.
+      fall_back: whether an LU factorization follows where products gain too little, up to 5,000 states (static).
 
     Raises:
-      InputError: tolerance or max_steps below 0, no `Preconditioner`.
+      InputError: tolerance or max_steps below 0, tolerance from 1 on, no `Preconditioner`.
     """
 
     tolerance: Any = None
     max_steps: Any = 5000
     preconditioner: Preconditioner | None = None
+    fall_back: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
         require_setting("max_steps", self.max_steps, 0, "5000 is usual", whole=True)

@@ -29,15 +29,17 @@ class GMRES(KrylovSolver):
       restart: Krylov dimension of a cycle (static).
       max_cycles: cycles at most.
       preconditioner: None, `Jacobi()`, `ConstantDeflation()` or `NeumannPreconditioner(terms)`.
+      fall_back: whether an LU factorization follows where products gain too little, up to 5,000 states (static).
 
     Raises:
-      InputError: restart below 1, tolerance or max_cycles below 0, no `Preconditioner`.
+      InputError: restart below 1, tolerance or max_cycles below 0, tolerance from 1 on, no `Preconditioner`.
     """
 
     tolerance: Any = None
     restart: int = eqx.field(default=30, static=True)
     max_cycles: Any = 100
     preconditioner: Preconditioner | None = None
+    fall_back: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
         require_setting("restart", self.restart, 1, "20 to 50 is usual", whole=True)

@@ -7,11 +7,21 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.core import Tracer
 
+from bilevel_jax.adjoint.factorization import (
+    Candidate,
+    improve_if,
+    is_affordable,
+    operations_in_products,
+    time_in_products,
+)
 from bilevel_jax.adjoint.preconditioners import Preconditioner
 from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, default_tolerance, power_of_two, residual_of
 from bilevel_jax.batching import one_at_a_time_on_cpu
+from bilevel_jax.errors import InputError
 from bilevel_jax.transitions import PolicyOperator, StateOperator, TransposedOperator
 from bilevel_jax.validation import require_instance, require_setting
 
@@ -25,6 +35,10 @@ FAILURES = 9
 # next to nothing this near to rounding is the last.
 FLOOR = 4
 NEAR_FLOOR = 64
+# Where an LU factorization can take over, that is for as many products as take its time at most; and as soon as
+# a part of them gained so little that the rest would take longer than the factorization does. Not sooner: what gains
+# nothing at first, as above, may still be done in a fraction of that time.
+TRIAL = 1 / 8
 
 
 class Progress(NamedTuple):
@@ -41,15 +55,23 @@ class Progress(NamedTuple):
 
 
 class KrylovSolver(LinearSolver):
-    """Segments of a Krylov method, each from the true residual of the last; the best iterate is returned."""
+    """Segments of a Krylov method, each from the true residual of the last; the best iterate is returned.
+
+    With `fall_back`, and up to 5,000 states, an LU factorization follows where products gain too little: as soon as
+    what they gained so far says that it is the cheaper way on, or where limits were reached. `LinearStats.steps`
+    then counts it as the products that have its operations.
+    """
 
     tolerance: eqx.AbstractVar[Any]
     preconditioner: eqx.AbstractVar[Preconditioner | None]
+    fall_back: eqx.AbstractVar[bool]
 
     def __check_init__(self):
         if self.tolerance is not None:
             require_setting("tolerance", self.tolerance, 0, "None chooses by the dtype")
+            _require_below_one(self.tolerance)
         require_instance("preconditioner", self.preconditioner, Preconditioner | None)
+        require_instance("fall_back", self.fall_back, bool)
 
     @abc.abstractmethod
     def segment(self, contraction, gap, norm, target, budget) -> tuple[jax.Array, jax.Array]:
@@ -73,7 +95,20 @@ class KrylovSolver(LinearSolver):
         return None if self.preconditioner is None else self.preconditioner.prepare(operator)
 
     def solve(self, operator, prepared, rhs, guess, transpose):
-        return _batchable(transpose)(operator, self, prepared, rhs, guess)
+        attempt, reached = _batchable(transpose)(operator, self, prepared, rhs, guess)
+        if not (self.fall_back and is_affordable(rhs.shape[-1])):
+            return attempt
+        found = improve_if(~reached, operator, rhs, Candidate(attempt.x, attempt.gap), transpose=transpose)
+        steps = attempt.steps + jnp.where(reached, 0, operations_in_products(operator)).astype(jnp.int32)
+        return Attempt(found.x, steps, attempt.stalled | ~reached, found.gap)
+
+
+def _require_below_one(tolerance):
+    if not isinstance(tolerance, Tracer) and np.max(np.asarray(tolerance)) >= 1:
+        raise InputError(
+            f"tolerance must be below 1, got {np.max(np.asarray(tolerance)):g}: it is relative to |b|, and x = 0 has a "
+            f"residual of 1; 1e-6 is usual, and GMRES(restart=50) sets the restart"
+        )
 
 
 def _run(fold, transpose, operator, solver, prepared, rhs, guess):
@@ -83,15 +118,19 @@ def _run(fold, transpose, operator, solver, prepared, rhs, guess):
     system = operator.T if transpose else operator
     system = system.fold() if fold else system
     guess = None if guess is None else guess / scale
-    x, steps, stalled, gap = _restarted(solver, system, prepared, rhs / scale, guess, transpose)
-    return Attempt(x * scale, steps, stalled, gap * scale)
+    # Where a factorization can take over, how many products are worth making instead.
+    patience = time_in_products(operator) if solver.fall_back and is_affordable(rhs.shape[-1]) else None
+    (x, steps, stalled, gap), reached = _restarted(solver, system, prepared, rhs / scale, guess, transpose, patience)
+    return Attempt(x * scale, steps, stalled, gap * scale), reached
 
 
-def _restarted(solver, system, prepared, rhs, guess, transpose):
+def _restarted(solver, system, prepared, rhs, guess, transpose, patience):
     dtype = rhs.dtype
     eps = jnp.finfo(dtype).eps
     target = jnp.asarray(solver.relative_tolerance(dtype), dtype) * jnp.linalg.norm(rhs)
     most_segments, most_steps = (jnp.asarray(limit, jnp.int32) for limit in solver.limits())
+    if patience is not None:
+        most_steps = jnp.minimum(most_steps, round(patience))
     preconditioner = solver.preconditioner
 
     if preconditioner is None:
@@ -113,7 +152,14 @@ def _restarted(solver, system, prepared, rhs, guess, transpose):
 
     def unfinished(p):
         going = (p.norm > stop_at(p.x)) & (p.segments < most_segments) & (p.steps < most_steps)
-        return going & (p.failures < FAILURES) & ~p.near
+        going &= (p.failures < FAILURES) & ~p.near
+        return going if patience is None else going & ~slower(p)
+
+    def slower(p):
+        """Whether what was gained a product so far says that the rest takes longer than a factorization."""
+        gained, left = jnp.log(first / p.best[2]), jnp.log(p.best[2] / stop_at(p.x))
+        steps = p.steps.astype(dtype)
+        return (steps >= TRIAL * patience) & (left * steps > gained * patience)
 
     def body(p):
         u, applied = solver.segment(contraction, p.gap, p.norm, stop_at(p.x), (most_steps - p.steps) // (1 + extra))
@@ -146,13 +192,19 @@ def _restarted(solver, system, prepared, rhs, guess, transpose):
         x, gap = jnp.zeros_like(rhs), rhs
     else:
         x, gap = guess, residual_of(system, guess, rhs)
-    norm = jnp.linalg.norm(gap)
+    norm = first = jnp.linalg.norm(gap)
     start = Progress(x, gap, norm, (x, gap, norm), zero, zero, zero, jnp.asarray(False))
     out = lax.while_loop(unfinished, body, start)
-    x, gap, _ = out.best
+    x, gap, norm = out.best
     # Plain sweeps of finite numbers are finite: where the last one was not, the operator or the right-hand side is not.
-    x = jnp.where(jnp.isfinite(out.norm), x, jnp.nan)
-    return x, out.steps, (out.failures >= FAILURES) | out.near, gap
+    finite = jnp.isfinite(out.norm)
+    # A tolerance of one's own that rounding keeps out of reach is so for a factorization, too.
+    level = eps * jnp.linalg.norm(x)
+    allowed = 2 * FLOOR * level
+    hidden = jnp.asarray(False) if solver.takes_rounding() else out.near & (target < allowed)
+    reached = (norm <= 1.01 * target) | (solver.takes_rounding() & (norm <= allowed)) | hidden | ~finite
+    attempt = Attempt(jnp.where(finite, x, jnp.nan), out.steps, (out.failures >= FAILURES) | out.near, gap)
+    return attempt, reached
 
 
 def extrapolation(term: jax.Array, following: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -16,6 +16,8 @@ from bilevel_jax.transitions import PolicyOperator, StateOperator, TransposedOpe
 
 # Below this many states a factorization is cheaper than Krylov iterations (docs/performance.md).
 DIRECT_LIMIT = 512
+# A relative residual of 1 is that of x = 0.
+LOOSEST = 0.1
 # In units of eps |x|: a residual that rounding leaves even to a good solution; and one that a solver which
 # gains nothing any more may blame on rounding.
 FLOOR = 8
@@ -23,8 +25,13 @@ NEAR_FLOOR = 1000
 
 
 def default_linear_solver(num_states: int, tolerance: Any = None) -> LinearSolver:
-    """Direct up to `DIRECT_LIMIT` states, AdaptiveKrylov to a relative residual above."""
-    return Direct() if num_states <= DIRECT_LIMIT else AdaptiveKrylov(tolerance)
+    """Direct up to `DIRECT_LIMIT` states, above AdaptiveKrylov to a relative residual of `tolerance`.
+
+    A tolerance that was given in units of the reward, as a solver's, may be any number: 0.1 is the loosest here.
+    """
+    if num_states <= DIRECT_LIMIT:
+        return Direct()
+    return AdaptiveKrylov(None if tolerance is None else jnp.minimum(tolerance, LOOSEST))
 
 
 def linear_solve(

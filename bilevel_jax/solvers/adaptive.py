@@ -1,5 +1,6 @@
 """Policy iteration that measures which way of evaluating a policy pays on the problem at hand."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevel_jax.adjoint import BiCGStab, Preconditioner, linear_solve, residual_of
+from bilevel_jax.adjoint.factorization import (
+    is_affordable,
+    operations_in_products,
+    solve_if,
+    time_in_products,
+)
 from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
 from bilevel_jax.solvers.loop import Stepper
 from bilevel_jax.validation import require_instance, require_setting
@@ -25,6 +32,15 @@ BUDGET = 3
 TRIAL = 8
 # Newton's steps need not narrow the bracket each time; after so many that did not, only sweeps follow.
 PATIENCE = 40
+# A factorization is considered once products took this part of its time, and made where what they gained says that the
+# rest of the solve would take as long as so many factorizations: Newton's method needs some.
+SHARE = 1 / 4
+FACTORIZATIONS = 4
+# After the first the next ones are considered sooner, by this factor; and later by that with each of them, so that
+# where they do not pay either, most of the time goes to products in the end.
+SOONER, LATER = 1 / 8, 1.25
+# What a step costs beside its products, in products: the sweep that improves the policy.
+SWEEP = 2
 
 
 class Record(NamedTuple):
@@ -36,6 +52,31 @@ class Record(NamedTuple):
     krylov_rate: jax.Array
     best: jax.Array
     stale: jax.Array
+
+
+class Spending(NamedTuple):
+    """What products gained since the last factorization, or since the start.
+
+    `reference`: half width of the bracket then, inf until a sweep has found it; `spent` products since, and `made`
+    factorizations.
+    """
+
+    reference: jax.Array
+    spent: jax.Array
+    made: jax.Array
+
+    def is_due(self, best: jax.Array, needed: jax.Array, price: float) -> jax.Array:
+        """Whether a factorization, of the time of `price` products, is the way from a half width `best` to `needed`."""
+        wait = jnp.where(self.made > 0, SOONER * jnp.exp(self.made * math.log(LATER)), 1) * (SHARE * price)
+        gained, left = jnp.log(self.reference / best), jnp.log(best / needed)
+        return (self.spent >= wait) & (left * self.spent > FACTORIZATIONS * price * gained)
+
+    def after(self, due: jax.Array, best: jax.Array, products: jax.Array) -> "Spending":
+        reference = jnp.where(jnp.isinf(self.reference), best, self.reference)
+        spent = self.spent + (products + SWEEP).astype(best.dtype)
+        return Spending(
+            jnp.where(due, jnp.inf, reference), jnp.where(due, 0, spent), self.made + due.astype(best.dtype)
+        )
 
 
 class AdaptivePolicyIteration(Stepper):
@@ -76,18 +117,32 @@ class AdaptivePolicyIteration(Stepper):
         return improve(regularizer, q)
 
     def start(self, mdp, value):
-        del mdp
-        return Record(
-            jnp.asarray(PRIOR_RATE, value.dtype), jnp.asarray(jnp.inf, value.dtype), jnp.asarray(0, jnp.int32)
-        )
+        infinity, zero = jnp.asarray(jnp.inf, value.dtype), jnp.zeros((), value.dtype)
+        record = Record(jnp.asarray(PRIOR_RATE, value.dtype), infinity, jnp.asarray(0, jnp.int32))
+        return record, Spending(infinity, zero, zero) if is_affordable(mdp.num_states) else None
 
     def step(self, mdp, swept, state):
+        record, spending = state
+        most = jnp.asarray(self.sweeps, jnp.int32)
+        if spending is None:
+            total, record, products = self._iterate(mdp, swept, record, most)
+            return swept.value + total, (record, None), products
+        operator = policy_operator(mdp, swept.kept)
+        best = jnp.minimum(record.best, swept.half_width)
+        due = spending.is_due(best, swept.needed, time_in_products(operator))
+        exact = solve_if(due, operator, swept.gap, jnp.zeros_like(swept.gap))
+        total, record, products = self._iterate(mdp, swept, record, jnp.where(due, 0, most))
+        spending = spending.after(due, best, products)
+        products = jnp.where(due, operations_in_products(operator), products).astype(jnp.int32)
+        return swept.value + jnp.where(due, exact, total), (record, spending), products
+
+    def _iterate(self, mdp, swept, state, most):
+        """What at most `most` sweeps or a Krylov solve add to V, the record, and the products that were made."""
         operator = fold_where_it_pays(mdp, policy_operator(mdp, swept.kept))
         gap = swept.gap
         dtype = gap.dtype
         enough = swept.needed / swept.half_width / 2
         stop = jnp.maximum(jnp.asarray(self.forcing, dtype), enough) * span(gap)
-        most = jnp.asarray(self.sweeps, jnp.int32)
 
         half, term, first = sweep_policy(operator, gap, gap, stop, jnp.minimum(most, TRIAL // 2))
         middle = span(term)
@@ -117,4 +172,4 @@ class AdaptivePolicyIteration(Stepper):
         worth_it = short & (state.krylov_rate / KRYLOV_COST > sweep_rate) & (stale < PATIENCE)
         total, products, krylov_rate = lax.cond((second >= TRIAL - TRIAL // 2) & worth_it, solve, sweep, None)
         state = Record(krylov_rate, jnp.minimum(state.best, swept.half_width), stale)
-        return swept.value + total, state, made + products
+        return total, state, made + products

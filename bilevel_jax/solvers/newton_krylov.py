@@ -24,7 +24,8 @@ class NewtonKrylov(Stepper):
     Args:
       tolerance: bound on |value - V*|_inf; None asks for working precision.
       max_steps: sweeps at most, each but the first with one linear solve.
-      krylov: GMRES or BiCGStab; its own tolerance is replaced by the forcing term. None is `BiCGStab()`.
+      krylov: GMRES or BiCGStab; its own tolerance is replaced by the forcing term. None is
+        `BiCGStab(fall_back=True)`: up to 5,000 states an LU factorization where products gain too little.
       forcing: relative residual of a linear solve.
 
     Raises:
@@ -54,7 +55,7 @@ class NewtonKrylov(Stepper):
         fraction = jnp.maximum(jnp.asarray(self.forcing, swept.value.dtype), swept.needed / swept.half_width / 2)
         # Inexact steps may go round in circles: sweeps of value iteration, which cannot, get them out.
         patient = stale < PATIENCE
-        krylov = BiCGStab() if self.krylov is None else self.krylov
+        krylov = BiCGStab(fall_back=True) if self.krylov is None else self.krylov
         krylov = eqx.tree_at(lambda k: k.tolerance, krylov, fraction, is_leaf=lambda leaf: leaf is None)
         operator = policy_operator(mdp, swept.kept)
         rhs = jnp.where(patient, swept.gap, 0)

@@ -13,13 +13,25 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.transitions.protocol import PolicyOperator, Transition
 from bilevel_jax.validation import is_known
 
+# Columns of a matrix that are made at a time.
+COLUMNS = 64
+
 
 class MatrixFreeOperator(PolicyOperator):
     """M of weights[S, A], by the user's function; `matrix` and `diagonal` take S products."""
 
     def matrix(self):
-        size = self.weights.shape[0]
-        return jax.vmap(self.apply, out_axes=1)(jnp.eye(size, dtype=self.weights.dtype))
+        states = jnp.arange(self.weights.shape[0], dtype=jnp.int32)
+
+        def column(state):
+            return self.apply((states == state).astype(self.weights.dtype))
+
+        # Some at a time: what the function makes on its way is larger than a column.
+        return lax.map(column, states, batch_size=COLUMNS).T
+
+    @property
+    def matrix_products(self):
+        return self.weights.shape[0]
 
     def fold(self):
         return self

@@ -34,6 +34,11 @@ class StateOperator(eqx.Module):
         """M[s, s], [S]."""
         return jnp.diagonal(self.matrix())
 
+    @property
+    def matrix_products(self) -> int:
+        """How many products `matrix` makes; 0 where it reads entries that are stored."""
+        return 0
+
     def fold(self) -> "StateOperator":
         """The same map, made ready for many products."""
         return self
@@ -60,6 +65,10 @@ class TransposedOperator(StateOperator):
 
     def diagonal(self):
         return self.operator.diagonal()
+
+    @property
+    def matrix_products(self):
+        return self.operator.matrix_products
 
     def fold(self):
         return TransposedOperator(self.operator.fold())

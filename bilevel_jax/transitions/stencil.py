@@ -3,22 +3,23 @@
 import functools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.indexing import gather
-from bilevel_jax.reductions import sum_last
+from bilevel_jax.reductions import map_slots, sum_last, sum_slots
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.transitions.successor import SuccessorTransition
 from bilevel_jax.validation import as_float, is_known, require_distribution
 
-# More offsets than this and lists of successors are the better form.
+# More offsets than this and lists of successors are the better form; products then go through them by a loop.
 MOST_OFFSETS = 32
 
 
@@ -39,7 +40,7 @@ class StencilOperator(StateOperator):
         size = self.weight.shape[-1]
         rows = jnp.arange(size)
         # An entry beyond either end has weight 0, wherever it is written.
-        columns = jnp.stack([(rows + o) % size for o in self.offsets])
+        columns = (rows + np.asarray(self.offsets, np.int32)[:, None].astype(rows.dtype)) % size
         return jnp.zeros((size, size), self.weight.dtype).at[rows, columns].add(self.weight)
 
     def diagonal(self):
@@ -128,15 +129,19 @@ class StencilTransition(Transition):
 
     def expect(self, values):
         flat = self._flat_offsets()
+        if len(flat) > MOST_OFFSETS:
+            shifted = _shifts_of(values, flat)
+            return sum_slots(lambda p, o: p * shifted(o)[:, None], self.probability, _array(flat))
         return _total(p * v[:, None] for p, v in zip(self.probability, _shifts(values, flat), strict=True))
 
     def push(self, masses):
-        return _total(
-            jnp.roll(sum_last(p * masses), o) for p, o in zip(self.probability, self._flat_offsets(), strict=True)
-        )
+        flat = self._flat_offsets()
+        if len(flat) > MOST_OFFSETS:
+            return sum_slots(lambda p, o: jnp.roll(sum_last(p * masses), o), self.probability, _array(flat))
+        return _total(jnp.roll(sum_last(p * masses), o) for p, o in zip(self.probability, flat, strict=True))
 
     def under(self, weights):
-        return self._operator([sum_last(p * weights) for p in self.probability])
+        return self._operator(map_slots(lambda p: sum_last(p * weights), self.probability))
 
     def diagonal(self):
         return _at_zero(self._flat_offsets(), self.probability)
@@ -144,8 +149,7 @@ class StencilTransition(Transition):
     def select(self, action, weight):
         states, actions = self.probability.shape[1:]
         pair = jnp.arange(states, dtype=jnp.int32) * actions + action.astype(jnp.int32)
-        rows = (gather(p.reshape(-1), pair) for p in self.probability)
-        return self._operator([row * weight for row in rows])
+        return self._operator(map_slots(lambda p: gather(p.reshape(-1), pair) * weight, self.probability))
 
     def to_successors(self) -> SuccessorTransition:
         """The same kernel as lists of successors; one that is off the grid becomes the state itself."""
@@ -206,25 +210,48 @@ class StencilTransition(Transition):
         ]
         return np.stack(inside)
 
-    def _operator(self, weights: list[jax.Array]) -> StencilOperator:
+    def _operator(self, weights: jax.Array) -> StencilOperator:
         flat = self._flat_offsets()
+        if len(flat) > MOST_OFFSETS:
+            return StencilOperator(flat, weights, map_slots(jnp.roll, weights, _array(flat)))
         incoming = [jnp.roll(weight, o) for weight, o in zip(weights, flat, strict=True)]
-        return StencilOperator(flat, jnp.stack(weights), jnp.stack(incoming))
+        return StencilOperator(flat, weights, jnp.stack(incoming))
 
 
 # A step on the grid is a shift of the flat array: what would come from beyond an edge, from the next row
 # or the padding, has probability 0. Slices of one padded copy run at the memory's speed.
 
 
+# More than some offsets are gone through by a loop, whose program does not grow with their number.
+
+
 def _shifts(values: jax.Array, offsets: tuple[int, ...]) -> list[jax.Array]:
     """values[s + offset] for each flat offset, [S] each."""
     size = values.shape[-1]
-    before, after = max(0, -min(offsets)), max(0, max(offsets))
-    padded = jnp.pad(jnp.asarray(values), (before, after))
+    padded, before = _padded(values, offsets)
     return [padded[before + o : before + o + size] for o in offsets]
 
 
+def _shifts_of(values: jax.Array, offsets: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+    """The function of one of the offsets, a traced number, that returns values[s + offset], [S]."""
+    size = values.shape[-1]
+    padded, before = _padded(values, offsets)
+    return lambda offset: lax.dynamic_slice_in_dim(padded, before + offset, size)
+
+
+def _padded(values: jax.Array, offsets: tuple[int, ...]) -> tuple[jax.Array, int]:
+    before, after = max(0, -min(offsets)), max(0, max(offsets))
+    return jnp.pad(jnp.asarray(values), (before, after)), before
+
+
+def _array(offsets: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(offsets, jnp.int32)
+
+
 def _shifted_sum(offsets: tuple[int, ...], weight: jax.Array, values: jax.Array) -> jax.Array:
+    if len(offsets) > MOST_OFFSETS:
+        shifted = _shifts_of(values, offsets)
+        return sum_slots(lambda w, o: w * shifted(o), weight, _array(offsets))
     return _total(w * v for w, v in zip(weight, _shifts(values, offsets), strict=True))
 
 
@@ -233,7 +260,7 @@ def _total(terms: Iterable[jax.Array]) -> jax.Array:
 
 
 def _at_zero(offsets: tuple[int, ...], weight: jax.Array) -> jax.Array:
-    return sum((w for w, o in zip(weight, offsets, strict=True) if o == 0), jnp.zeros_like(weight[0]))
+    return sum((weight[k] for k, o in enumerate(offsets) if o == 0), jnp.zeros_like(weight[0]))
 
 
 def _whole_numbers(name: str, values: Any) -> tuple[int, ...]:

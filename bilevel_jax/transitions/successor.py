@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.indexing import gather, scatter_add
-from bilevel_jax.reductions import sum_last, sum_slots
+from bilevel_jax.reductions import map_slots, sum_last, sum_slots
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.validation import as_array, as_float, require_distribution, require_index
 
@@ -133,10 +133,10 @@ class SuccessorTransition(Transition):
 
     def select(self, action, weight):
         # The chosen rows only, [K, S, 1]: a product then costs K gathers a state, not K A.
-        slots, states, actions = self.successor.shape
+        states, actions = self.successor.shape[1:]
         pair = jnp.arange(states, dtype=jnp.int32) * actions + action.astype(jnp.int32)
         rows = [
-            jnp.stack([gather(array[k].reshape(-1), pair) for k in range(slots)])[..., None]
+            map_slots(lambda slot: gather(slot.reshape(-1), pair), array)[..., None]
             for array in (self.successor, self.probability)
         ]
         return SuccessorOperator(rows[0], rows[1] * weight[:, None])

@@ -17,6 +17,7 @@ from jax.lax import stop_gradient
 
 from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
+from bilevel_jax.promotion import with_rank
 from bilevel_jax.reductions import UNROLLED, max_last, sum_last
 from bilevel_jax.validation import as_float, require_distribution, require_positive
 
@@ -133,11 +134,15 @@ class KLDivergence(Regularizer):
 
     def validate(self):
         _require_temperature(self.temperature)
-        require_distribution("reference", self.reference, -1, "divide each row by its sum")
+        require_distribution("reference", self.reference, -1, "divide each row by its sum", "[state, action]")
+
+    def _reference(self, policy: jax.Array) -> jax.Array:
+        """The reference with the axes and in the dtype of a policy or of action values."""
+        return with_rank(jnp.asarray(self.reference, policy.dtype), policy.ndim)
 
     def _shifted(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         # The maximum over actions that the reference allows; others must not set the scale.
-        reference = jnp.asarray(self.reference, q.dtype)
+        reference = self._reference(q)
         temperature = _usable(self.temperature, q.dtype)
         top = stop_gradient(max_last(jnp.where(reference > 0, q, -jnp.inf)))
         scaled = jnp.where(_is_available(q), q - top[..., None], 0) / temperature
@@ -165,7 +170,7 @@ class KLDivergence(Regularizer):
 
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
-        reference = jnp.asarray(self.reference, policy.dtype)
+        reference = self._reference(policy)
         return temperature * sum_last(_xlogy(policy, policy) - _xlogy(policy, reference))
 
     def event_ndim(self):
@@ -174,7 +179,7 @@ class KLDivergence(Regularizer):
 
     def linearized_policy(self, policy, q, value):
         """d pi = pi d[(q - value) / temperature + log reference]."""
-        reference = jnp.asarray(self.reference, q.dtype)
+        reference = self._reference(q)
         log_reference = jnp.log(jnp.where(reference > 0, reference, 1))
         advantage = jnp.where(_is_available(q), q - value[..., None], 0)
         exponent = advantage / jnp.asarray(self.temperature, q.dtype) + log_reference
@@ -209,7 +214,7 @@ class TsallisEntropy(Regularizer):
         ranked = jnp.where(available, stop_gradient(scaled), -jnp.inf)
         # z_1 >= z_2 >= ...: the support is the largest k with 1 + k z_k > z_1 + ... + z_k.
         descending = -jnp.sort(-ranked, -1)
-        rank = jnp.arange(1, q.shape[-1] + 1, dtype=q.dtype)
+        rank = jax.lax.broadcasted_iota(q.dtype, q.shape, q.ndim - 1) + 1
         inside = 1 + rank * descending > jnp.cumsum(descending, -1)
         size = jnp.sum(inside, -1, keepdims=True)
         smallest = jnp.take_along_axis(descending, size - 1, -1)
@@ -272,7 +277,8 @@ def _maximum_jvp(primals, tangents):
 
 def _first_maximum(q: jax.Array) -> jax.Array:
     if q.shape[-1] > UNROLLED:
-        return jnp.arange(q.shape[-1]) == jnp.argmax(q, -1, keepdims=True)
+        best = jnp.argmax(q, -1, keepdims=True)
+        return jax.lax.broadcasted_iota(best.dtype, q.shape, q.ndim - 1) == best
     top, found, hits = max_last(q), False, []
     for action in range(q.shape[-1]):
         hits.append((q[..., action] == top) & ~jnp.asarray(found))

@@ -27,6 +27,7 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import ActionFunction, tabulate
 from bilevel_jax.hypergradient import Problem
 from bilevel_jax.mdp import over_batch
+from bilevel_jax.validation import as_size
 
 
 class Response(eqx.Module):
@@ -322,7 +323,7 @@ def _returns(problem: SampledProblem, x: Any, sampled: Trajectory) -> jax.Array:
     # A simulator that resets itself goes on after the end: not with what this process earned.
     ended = jnp.cumsum((sampled.terminated | sampled.truncated).astype(jnp.int32), 1)
     before = jnp.pad(ended, ((0, 0), (1, 0)))[:, :-1] > 0
-    return jnp.sum(jnp.where(sampled.valid & ~before, taken * discounts(problem, taken.shape[1]), 0), 1)
+    return jnp.sum(jnp.where(sampled.valid & ~before, taken * discounts(problem, taken.shape[1])[None], 0), 1)
 
 
 def _draw_visits(key: jax.Array, credit: jax.Array, visits: int) -> tuple[jax.Array, jax.Array]:
@@ -342,5 +343,4 @@ def _flatten(leaf: jax.Array) -> jax.Array:
 
 def _require_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"{name}: expected an integer of at least 1, got {size!r}")
+        as_size(name, size)

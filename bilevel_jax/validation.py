@@ -9,6 +9,7 @@ from collections.abc import Callable
 from types import NoneType
 from typing import Any, get_args
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +94,16 @@ def as_size(name: str, value: Any, remedy: str = "it is a static size", *, least
     if size > LARGEST:
         raise InputError(f"{name}: {size} is above {LARGEST}, the largest int32; {remedy}")
     return size
+
+
+def static_size(**options: Any) -> Any:
+    """A field of an `equinox.Module` for a size: static, and an int where numpy's or JAX's is given."""
+
+    def plain(value: Any) -> Any:
+        is_scalar = isinstance(value, np.integer | np.bool_) or (is_known(value) and not value.ndim)
+        return value.item() if is_scalar else value
+
+    return eqx.field(static=True, converter=plain, **options)
 
 
 def _as_numbers(name: str, value: Any) -> Any:

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 
 from bilevel_jax.adjoint.truncated import TruncatedSolver
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import require_setting, static_size
 
 
 class Descent(TruncatedSolver):
@@ -26,7 +25,7 @@ class Descent(TruncatedSolver):
     """
 
     step_size: Any = 0.5
-    steps: int = eqx.field(default=1, static=True)
+    steps: int = static_size(default=1)
     tolerance: Any = None
 
     def __check_init__(self):

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import equinox as eqx
-
 from bilevel_jax.adjoint.truncated import TruncatedSolver
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import require_setting, static_size
 
 
 class Neumann(TruncatedSolver):
@@ -21,7 +19,7 @@ class Neumann(TruncatedSolver):
       InputError: terms or tolerance below 0.
     """
 
-    terms: int = eqx.field(static=True)
+    terms: int = static_size()
     tolerance: Any = None
 
     def __check_init__(self):

@@ -16,7 +16,7 @@ from bilevel_jax.mdp import MDP
 from bilevel_jax.promotion import usual_promotion
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.solvers import Solution
-from bilevel_jax.validation import as_float, require_instance, require_positive
+from bilevel_jax.validation import as_float, require_computable, require_instance, require_positive
 
 
 class UpperLevel(eqx.Module):
@@ -112,6 +112,7 @@ def as_upper_level(optimizer: Any) -> UpperLevel:
 def at_iteration(algorithm: Any, iteration: jax.Array) -> Any:
     """The algorithm with the problem of that iteration, as its schedule of the temperature has it."""
     upper = algorithm.upper
+    require_computable("problem", algorithm.problem, any_floats=True)
     if upper.temperature is None:
         return algorithm
     kind = _ModelAtTemperature if isinstance(algorithm.problem, Problem) else _AtTemperature

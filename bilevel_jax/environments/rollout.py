@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bilevel_jax.environments.protocol import Environment, Trajectory
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import ActionFunction
-from bilevel_jax.validation import as_integer, as_size, require_index
+from bilevel_jax.validation import as_integer, as_size, require_computable, require_index
 
 
 def rollout(
@@ -34,6 +34,7 @@ def rollout(
       InputError: batch or horizon is not an integer of at least 1; the policy has other sizes than the
         environment.
     """
+    require_computable("environment", environment, any_floats=True)
     keys = trajectory_keys(key, batch, first)
     states = jax.vmap(lambda key: environment.reset(jax.random.fold_in(key, 0)))(keys)
     return environment.run(keys, states, policy, _count("horizon", horizon), None)[0]
@@ -60,6 +61,7 @@ def rollout_from(
       InputError: horizon is not an integer of at least 1; keys, states and actions are not of one length;
         actions are not integers in 0 to A - 1; the policy has other sizes than the environment.
     """
+    require_computable("environment", environment, any_floats=True)
     keys = _typed(keys)
     if keys.ndim != 1:
         raise InputError(f"keys: expected one key a trajectory, [B], got shape {list(keys.shape)}")

@@ -5,7 +5,6 @@ Slow, and independent of all derivative rules of the library: for checks.
 
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel_jax.hypergradient.problem import Problem, lower_level
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
 from bilevel_jax.solvers import Solver, solve
-from bilevel_jax.validation import as_float, require_instance, require_positive, require_setting
+from bilevel_jax.validation import as_float, require_instance, require_positive, require_setting, static_size
 
 # Of sixth and fourth order in the step, for phi(x + k h) - phi(x - k h), k = 1, 2, 3, over h.
 SIXTH = (45 / 60, -9 / 60, 1 / 60)
@@ -76,7 +75,7 @@ class SimultaneousPerturbation(Method):
     """
 
     key: jax.Array
-    samples: int = eqx.field(default=32, static=True)
+    samples: int = static_size(default=32)
     step: Any = None
     solver: Solver | None = None
 

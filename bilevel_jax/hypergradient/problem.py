@@ -97,6 +97,7 @@ def lower_level(problem: Problem, x: Any) -> tuple[MDP, Regularizer]:
     Raises:
       InputError: what the problem's functions return is no MDP or no Regularizer, or does not fit.
     """
+    require_computable("problem", problem, any_floats=True)
     mdp, regularizer = problem.mdp(x), problem.regularizer(x)
     for name, value, kind in (("mdp", mdp, MDP), ("regularizer", regularizer, Regularizer)):
         if not isinstance(value, kind):

@@ -98,7 +98,7 @@ class MultiFollower(eqx.Module):
         keys = jax.random.split(jax.random.key(options.seed), 6)
         self.transition = SuccessorTransition(*random_successors(keys[:2], pairs, options.states, options.branching))
         common, own = jax.random.normal(keys[2], pairs), jax.random.normal(keys[3], (options.followers, *pairs))
-        self.base = jnp.sqrt(1 - variety) * common + jnp.sqrt(variety) * own
+        self.base = jnp.sqrt(1 - variety) * common[None] + jnp.sqrt(variety) * own
         mass = 1 + jax.random.exponential(keys[4], (options.followers,))
         self.weight = mass / jnp.sum(mass)
         size = (*pairs, options.features)

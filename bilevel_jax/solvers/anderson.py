@@ -2,13 +2,12 @@
 
 from typing import Any, ClassVar, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bilevel_jax.solvers.loop import Stepper
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import require_setting, static_size
 
 # One sweep in so many may be a trial that failed: value iteration would need at least the others.
 WASTED_PARTS = 6
@@ -55,7 +54,7 @@ class AndersonIteration(Stepper):
 
     tolerance: Any = None
     max_steps: Any = 100_000
-    history: int = eqx.field(default=5, static=True)
+    history: int = static_size(default=5)
 
     def __check_init__(self):
         require_setting("history", self.history, 1, "3 to 8 is usual", whole=True)

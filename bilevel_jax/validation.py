@@ -9,7 +9,6 @@ from collections.abc import Callable
 from types import NoneType
 from typing import Any, get_args
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,14 +95,10 @@ def as_size(name: str, value: Any, remedy: str = "it is a static size", *, least
     return size
 
 
-def static_size(**options: Any) -> Any:
-    """A field of an `equinox.Module` for a size: static, and an int where numpy's or JAX's is given."""
-
-    def plain(value: Any) -> Any:
-        is_scalar = isinstance(value, np.integer | np.bool_) or (is_known(value) and not value.ndim)
-        return value.item() if is_scalar else value
-
-    return eqx.field(static=True, converter=plain, **options)
+def plain(value: Any) -> Any:
+    """Python's number where numpy's or JAX's is given: what static fields are made of."""
+    is_scalar = isinstance(value, np.integer | np.bool_) or (is_known(value) and not value.ndim)
+    return value.item() if is_scalar else value
 
 
 def _as_numbers(name: str, value: Any) -> Any:
@@ -130,7 +125,7 @@ def _as_numbers(name: str, value: Any) -> Any:
     dtype = value.dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise InputError(f"{name}: expected real numbers, got {dtype}; take the real part")
-    if _holds_objects(value) and all(type(entry) is int for entry in value.flat):
+    if _holds_objects(value) and all(type(entry) is int for entry in np.ravel(value)):
         return value
     if dtype.name not in NUMBERS and dtype != np.longdouble:
         raise InputError(
@@ -200,9 +195,9 @@ def require_computable(name: str, tree: Any, *, any_floats: bool = False) -> Non
     """
     computable = {np.dtype(np.float32), dtypes.canonicalize_dtype(np.float64)}
     for leaf in jax.tree.leaves(tree):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype in computable or not isinstance(leaf, jax.Array) or not jnp.issubdtype(dtype, jnp.floating):
+        if not isinstance(leaf, jax.Array) or leaf.dtype in computable or not jnp.issubdtype(leaf.dtype, jnp.floating):
             continue
+        dtype = leaf.dtype
         if dtype != np.float64 and any_floats:
             continue
         where = next(path for path, other in jax.tree_util.tree_leaves_with_path(tree) if other is leaf)

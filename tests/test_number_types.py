@@ -486,6 +486,7 @@ class TestWithoutX64:
     def test_constructors_take_them_as_float32(self):
         wide = mdp()
         with jax.enable_x64(False):
+            assert wide.replace().initial.dtype == np.float32
             narrow = wide.replace(reward=wide.reward)
             assert narrow.reward.dtype == narrow.transition.dtype == np.float32
             assert bj.check(bj.solve(narrow, U)).value.dtype == np.float32

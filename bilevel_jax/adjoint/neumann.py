@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import equinox as eqx
+
 from bilevel_jax.adjoint.truncated import TruncatedSolver
-from bilevel_jax.validation import require_setting, static_size
+from bilevel_jax.validation import plain, require_setting
 
 
 class Neumann(TruncatedSolver):
@@ -19,7 +21,7 @@ class Neumann(TruncatedSolver):
       InputError: terms or tolerance below 0.
     """
 
-    terms: int = static_size()
+    terms: int = eqx.field(static=True, converter=plain)
     tolerance: Any = None
 
     def __check_init__(self):

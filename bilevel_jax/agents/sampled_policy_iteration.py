@@ -19,7 +19,7 @@ from bilevel_jax.agents.processes import (
 )
 from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.agents.values import TableValues, values_at
-from bilevel_jax.validation import static_size
+from bilevel_jax.validation import plain
 
 
 class PolicyIterationState(eqx.Module):
@@ -64,10 +64,10 @@ class SampledPolicyIteration(Agent):
 
     epsilon: jax.Array
     restart_every: jax.Array | None
-    processes: int = static_size()
-    steps: int = static_size()
-    improvements: int = static_size()
-    sweeps: int = static_size()
+    processes: int = eqx.field(static=True, converter=plain)
+    steps: int = eqx.field(static=True, converter=plain)
+    improvements: int = eqx.field(static=True, converter=plain)
+    sweeps: int = eqx.field(static=True, converter=plain)
 
     def __init__(
         self,

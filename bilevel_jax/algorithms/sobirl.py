@@ -22,7 +22,7 @@ from bilevel_jax.estimators import (
     regroup,
     sample_groups,
 )
-from bilevel_jax.validation import as_float, as_size, require_positive, static_size
+from bilevel_jax.validation import as_float, as_size, plain, require_positive
 
 
 class Reuse(eqx.Module):
@@ -51,7 +51,7 @@ class SoBiRL(SampledAlgorithm):
     baseline: Baseline
     batch: int = eqx.field(static=True)
     reuse: Reuse | None = None
-    pairings: int = static_size(default=1)
+    pairings: int = eqx.field(default=1, static=True, converter=plain)
 
     def init_memory(self, x):
         return self.response.init(self.problem, x), self.baseline.init(self.problem), self._no_batches(x)

@@ -28,7 +28,7 @@ from bilevel_jax.functions import ActionFunction, tabulate
 from bilevel_jax.hypergradient import Problem
 from bilevel_jax.hypergradient.problem import as_upper_variable
 from bilevel_jax.mdp import over_batch
-from bilevel_jax.validation import as_size, static_size
+from bilevel_jax.validation import as_size, plain
 
 
 class Response(eqx.Module):
@@ -135,10 +135,10 @@ class NestedRollouts(Response):
       InputError: sizes below 1.
     """
 
-    length: int = static_size()
-    copies: int = static_size(default=1)
+    length: int = eqx.field(static=True, converter=plain)
+    copies: int = eqx.field(default=1, static=True, converter=plain)
     coupled: bool = eqx.field(default=True, static=True)
-    visits: int | None = static_size(default=None)
+    visits: int | None = eqx.field(default=None, static=True, converter=plain)
 
     def __check_init__(self):
         _require_sizes(length=self.length, copies=self.copies, visits=1 if self.visits is None else self.visits)
@@ -181,8 +181,8 @@ class SharedRollouts(Response):
       InputError: sizes below 1; the environment is not tabular.
     """
 
-    length: int = static_size()
-    copies: int = static_size(default=1)
+    length: int = eqx.field(static=True, converter=plain)
+    copies: int = eqx.field(default=1, static=True, converter=plain)
 
     def __check_init__(self):
         _require_sizes(length=self.length, copies=self.copies)
@@ -222,7 +222,7 @@ class LearnedCritic(Response):
       InputError: sweeps below 1; the environment is not tabular.
     """
 
-    sweeps: int = static_size(default=20)
+    sweeps: int = eqx.field(default=20, static=True, converter=plain)
     step_size: Any = 0.1
 
     def __check_init__(self):

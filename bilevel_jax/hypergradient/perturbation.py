@@ -5,6 +5,7 @@ Slow, and independent of all derivative rules of the library: for checks.
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel_jax.hypergradient.problem import Problem, lower_level
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
 from bilevel_jax.solvers import Solver, solve
-from bilevel_jax.validation import as_float, require_instance, require_positive, require_setting, static_size
+from bilevel_jax.validation import as_float, plain, require_instance, require_positive, require_setting
 
 # Of sixth and fourth order in the step, for phi(x + k h) - phi(x - k h), k = 1, 2, 3, over h.
 SIXTH = (45 / 60, -9 / 60, 1 / 60)
@@ -75,7 +76,7 @@ class SimultaneousPerturbation(Method):
     """
 
     key: jax.Array
-    samples: int = static_size(default=32)
+    samples: int = eqx.field(default=32, static=True, converter=plain)
     step: Any = None
     solver: Solver | None = None
 

@@ -22,7 +22,7 @@ from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import Transition
-from bilevel_jax.validation import as_float, require_at_least, require_finite, static_size
+from bilevel_jax.validation import as_float, plain, require_at_least, require_finite
 
 ROWS = (
     "xxxxxxxxxxxxx",
@@ -102,7 +102,7 @@ class FourRooms(eqx.Module):
     place: jax.Array  # int32 [n], the states with a penalty
     initial: jax.Array  # [S]
     environment: TabularEnvironment
-    horizon: int = static_size()
+    horizon: int = eqx.field(static=True, converter=plain)
     rows: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, options: FourRoomsOptions):

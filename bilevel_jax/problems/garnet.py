@@ -16,7 +16,7 @@ from bilevel_jax.problems.random_process import random_successors
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import as_float, static_size
+from bilevel_jax.validation import as_float, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Garnet(eqx.Module):
     temperature: jax.Array
     price: jax.Array
     environment: TabularEnvironment
-    horizon: int = static_size()
+    horizon: int = eqx.field(static=True, converter=plain)
 
     def __init__(self, options: GarnetOptions):
         for name in ("states", "actions", "horizon"):

@@ -24,7 +24,7 @@ from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import KLDivergence, ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import as_float, require_at_least, require_finite, static_size
+from bilevel_jax.validation import as_float, plain, require_at_least, require_finite
 
 MOST = 10_000  # states, actions or features
 MOST_SEGMENTS = 16_384  # the exact objective compares each with each
@@ -93,7 +93,7 @@ class TabularRLHF(eqx.Module):
     features: jax.Array | None  # [S, A, F]
     teacher: Teacher
     ridge: jax.Array
-    horizon: int = static_size()
+    horizon: int = eqx.field(static=True, converter=plain)
     starts: int = eqx.field(static=True)
     sampled: bool = eqx.field(static=True)
 

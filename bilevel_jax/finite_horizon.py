@@ -16,7 +16,7 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer, Unregularized
 from bilevel_jax.results import Outcome, Result
-from bilevel_jax.validation import as_float, is_known, require_finite, require_instance
+from bilevel_jax.validation import as_float, as_size, is_known, require_finite, require_instance
 
 
 class FiniteHorizonSolution(eqx.Module):
@@ -131,8 +131,7 @@ def _problem(mdp: MDP, horizon: Any, time_varying: bool, discount: Any) -> tuple
                 f"horizon: {horizon!r} disagrees with the MDP's time axis of {batch[-1]} (batch axes {list(batch)}); "
                 f"leave it out"
             )
-    if not isinstance(horizon, int) or isinstance(horizon, bool) or horizon < 1:
-        raise InputError(f"horizon: expected an integer of at least 1, got {horizon!r}; it is a static size")
+    horizon = as_size("horizon", horizon)
     if discount is not None:
         mdp = eqx.tree_at(lambda m: m.discount, mdp, _discount(discount, mdp))
     return mdp, horizon, batch[:-1] if time_varying else batch

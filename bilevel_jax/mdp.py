@@ -25,7 +25,7 @@ class MDP(eqx.Module):
 
     Args:
       transition: P[S, A, S] with rows that sum to 1, or a `Transition`.
-      reward: r[S, A].
+      reward: r[S, A]. Of rewards r[s, a, s'] give the expectation, `(P * r).sum(-1)`.
       discount: in [0, 1); a number, or one for each pair, [S, A]: 0 where the process ends (the
         discount is applied to what follows that action).
       initial: distribution over the first state, rho[S]; None means uniform.
@@ -35,8 +35,16 @@ class MDP(eqx.Module):
 
     Every array takes any number of leading batch axes, as given by the reward; a number or array
     without them is shared (the transition stays shared in memory, the others are broadcast).
-    Shapes are checked always, values wherever they are known, i.e. outside jit and vmap.
-    Integer rewards become floats; all leaves get the widest float type among reward and transition.
+    Shapes are checked always, values wherever they are known, i.e. outside jit and vmap. A reward of
+    [..., S, S, S] (as many actions as states) beside one transition [S, S, S] could be a batch of S
+    problems or r[s, a, s']: a batch is then told by another argument with its axes, e.g.
+    `discount=jnp.full(S, 0.9)`. A discount of the shape of the batch axes is one per batch element.
+
+    All leaves get the wider floating-point type of reward and transition, float32 or, with
+    jax_enable_x64, float64. Here and wherever numbers come in, float16 and bfloat16 are widened to
+    float32, booleans count as 0 and 1, and whole numbers become floating-point ones whatever their size;
+    indices and counts must fit int32. Numbers that the type cannot hold, masked and complex ones, and
+    narrower or other types are refused.
 
     Raises:
       InputError: names the argument, what is wrong with it, and the remedy.
@@ -54,7 +62,7 @@ class MDP(eqx.Module):
         if reward.ndim < 2:
             raise InputError(f"reward: expected shape [S, A] (batch axes first), got {list(reward.shape)}")
         with jax.numpy_dtype_promotion("standard"):  # widening is what is promised, also where jax is strict
-            dtype = jnp.promote_types(kernel.dtype, reward.dtype)
+            dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(kernel.dtype, reward.dtype))
         states, actions = reward.shape[-2:]
         batch = reward.shape[:-2]
         if states == 0 or actions == 0:
@@ -66,21 +74,36 @@ class MDP(eqx.Module):
             raise InputError(
                 f"reward: shape {list(reward.shape)} disagrees with a transition of {kernel.shape[-2]} states and "
                 f"{kernel.shape[-1]} actions; give reward as [S, A] = {list(kernel.shape[-2:])}"
+                f"{_of_next_state(reward.shape, kernel.shape)}"
             )
         if kernel.shape[:-2] not in ((), batch):
             raise InputError(
                 f"transition: batch axes {list(kernel.shape[:-2])} disagree with the reward's {list(batch)}; give "
-                f"the same ones, or none to share one transition"
+                f"the same ones, or none to share one transition{_of_next_state(reward.shape, kernel.shape)}"
             )
         self.transition = kernel.astype(dtype)
         self.reward = reward.astype(dtype)
-        self.discount = _broadcast("discount", as_float("discount", discount, dtype), batch, (states, actions))
+        discount = as_float("discount", discount, dtype)
         uniform = jnp.full((states,), 1 / states, dtype)
         start = uniform if initial is None else as_float("initial", initial, dtype)
+        mask = None if available is None else _as_mask(available, batch, (states, actions))
+        shared = (
+            kernel.shape == (states, actions)
+            and discount.shape in ((), (states, actions))
+            and start.ndim == 1
+            and (mask is None or mask.ndim == 2)
+        )
+        if shared and reward.shape[-3:] == (states, actions, states):
+            raise InputError(
+                f"reward: shape {list(reward.shape)} beside one transition of {states} states and {actions} actions "
+                f"may be a batch of {states} problems or r[s, a, s']; a batch is told by a discount of shape "
+                f"{list(batch)}, e.g. numpy.full({batch}, 0.9){_of_next_state(reward.shape, kernel.shape)}"
+            )
+        self.discount = _broadcast("discount", discount, batch, (states, actions))
         if start.shape[-1:] != (states,) or start.shape[:-1] not in ((), batch):
             raise InputError(f"initial: expected shape [S] = [{states}], got {list(start.shape)}")
         self.initial = jnp.broadcast_to(start, (*batch, states))
-        self.available = None if available is None else _as_mask(available, batch, (states, actions))
+        self.available = mask
         self.validate()
 
     @property
@@ -116,7 +139,11 @@ class MDP(eqx.Module):
     def validate(self) -> None:
         """Check every value that is known; the constructor has done so. Raises InputError."""
         self.transition.validate()
-        require_finite("reward", self.reward)
+        require_finite(
+            "reward",
+            self.reward,
+            "replace NaN and infinities; actions that a state does not have go into available=, with reward 0",
+        )
         require_fraction("discount", self.discount, "for long horizons use e.g. 0.999")
         require_distribution("initial", self.initial, -1, "divide it by its sum")
         if self.available is not None:
@@ -285,6 +312,12 @@ def _as_mask(available: Any, batch: tuple[int, ...], event: tuple[int, ...]) -> 
             f"{list(mask.shape)}"
         )
     return mask
+
+
+def _of_next_state(reward: tuple[int, ...], kernel: tuple[int, ...]) -> str:
+    """What to do with rewards that have the shape of r[s, a, s']."""
+    same = reward[-3:] == (*kernel[-2:], kernel[-2])
+    return "; of rewards r[s, a, s'] give the expectation, (P * r).sum(-1)" if same else ""
 
 
 def _require_an_action(available: jax.Array) -> None:

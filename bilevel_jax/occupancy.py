@@ -147,7 +147,7 @@ class UnichainOperator(StateOperator):
         return self.operator.apply_transpose(masses) - self.border * jnp.sum(masses)
 
     def matrix(self):
-        return self.operator.matrix() - self.border
+        return self.operator.matrix() - self.border[None]
 
     def diagonal(self):
         """The diagonal, [S]."""

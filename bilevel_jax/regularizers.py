@@ -22,6 +22,7 @@ from jax.lax import stop_gradient
 
 from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
+from bilevel_jax.promotion import with_rank
 from bilevel_jax.reductions import argmax_last, max_last, sum_last
 from bilevel_jax.validation import as_float, require_distribution, require_positive
 
@@ -137,14 +138,18 @@ class KLDivergence(Regularizer):
 
     def validate(self):
         _require_temperature(self.temperature)
-        require_distribution("reference", self.reference, -1, "divide each row by its sum")
+        require_distribution("reference", self.reference, -1, "divide each row by its sum", "[state, action]")
+
+    def _reference(self, policy: jax.Array) -> jax.Array:
+        """The reference with the axes and in the dtype of a policy or of action values."""
+        return with_rank(jnp.asarray(self.reference, policy.dtype), policy.ndim)
 
     def highest(self, q):
-        return max_last(jnp.where(jnp.asarray(self.reference, q.dtype) > 0, q, -jnp.inf))
+        return max_last(jnp.where(self._reference(q) > 0, q, -jnp.inf))
 
     def _scaled(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(Q - max Q) / temperature, the temperature and the reference in q's dtype."""
-        reference = jnp.asarray(self.reference, q.dtype)
+        reference = self._reference(q)
         temperature = _usable(self.temperature, q.dtype)
         # The maximum over actions that the reference allows; others must not set the scale.
         allowed = reference > 0
@@ -172,7 +177,7 @@ class KLDivergence(Regularizer):
 
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
-        reference = jnp.asarray(self.reference, policy.dtype)
+        reference = self._reference(policy)
         return temperature * sum_last(_xlogy(policy, policy) - _xlogy(policy, reference))
 
     def event_ndim(self):
@@ -181,7 +186,7 @@ class KLDivergence(Regularizer):
 
     def linearized_policy(self, policy, q, value):
         """d pi = pi d[(q - value) / temperature + log reference]."""
-        reference = jnp.asarray(self.reference, q.dtype)
+        reference = self._reference(q)
         log_reference = jnp.log(jnp.where(reference > 0, reference, 1))
         advantage = jnp.where(_is_available(q), q - value[..., None], 0)
         exponent = advantage / jnp.asarray(self.temperature, q.dtype) + log_reference
@@ -287,8 +292,8 @@ def _below_best(q: jax.Array, best: jax.Array, temperature: jax.Array, allowed: 
     The best one counts as constant in derivatives, which what is made of it does not depend on. 0 at actions that
     are not available: an infinity that is divided by the temperature has derivative NaN.
     """
-    top = jnp.take_along_axis(q, best[..., None], -1)
-    below = jnp.where(_is_first(best, q), 0, q - top)
+    top = max_last(q if allowed is True else jnp.where(allowed, q, -jnp.inf))
+    below = jnp.where(_is_first(best, q), 0, q - top[..., None])
     below = jnp.where(allowed, jnp.minimum(below, 0), below)
     return jnp.where(_is_available(q), below, 0) / temperature
 

@@ -4,6 +4,7 @@ Shapes are always known and are checked by the containers themselves.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from types import NoneType
 from typing import Any, get_args
@@ -16,6 +17,15 @@ from jax.core import Tracer
 
 from bilevel_jax.errors import InputError
 
+# What numbers may come in as. Half precision is widened; JAX computes in float32 and, if asked to, float64.
+NUMBERS = (
+    "bool",
+    *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
+    *("float16", "bfloat16", "float32", "float64"),
+)
+HALF_PRECISION = 0.02  # what rows that were divided by their sum in half precision may be off
+LARGEST = 2**31 - 1  # what is counted and what is looked up is int32
+
 
 def is_known(*arrays: Any) -> bool:
     """Whether every array holds concrete numbers, so that its values can be checked."""
@@ -23,46 +33,195 @@ def is_known(*arrays: Any) -> bool:
 
 
 def as_array(name: str, value: Any) -> jax.Array:
-    """`value` as an array; a clear error if it is not one."""
-    try:
-        if isinstance(value, np.ndarray | np.generic | bool | int | float):
-            # With a dtype, JAX takes numpy's memory over where it can: a copy, which nobody else writes to. Without one
-            # JAX 0.10 compiles a program for each shape.
-            value = np.array(value, dtypes.canonicalize_dtype(np.asarray(value).dtype))
-            return jnp.asarray(value, value.dtype)
-        array = jnp.asarray(value)
-        return array.astype(array.dtype)  # a weak type would be another compilation
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
+    """`value` as an array of real numbers or booleans; the one way in for numbers that users give.
+
+    Floating-point numbers get the type of `as_float`. Whole numbers keep theirs, at most as wide as JAX's own, and
+    booleans stay booleans.
+
+    Raises:
+      InputError: no real numbers, or some that the array's type cannot hold.
+    """
+    array = _as_numbers(name, value)
+    if array.dtype == bool:
+        return _moved(array, array.dtype)
+    if _is_whole(array):
+        default = np.dtype(np.int64) if _holds_objects(array) else array.dtype
+        return _as_whole(name, array, dtypes.canonicalize_dtype(default), "give floating-point numbers")
+    return _narrowed(name, array, _float_type(array.dtype))
 
 
 def as_float(name: str, value: Any, dtype: Any = None, shape: tuple[int, ...] | None = None) -> jax.Array:
-    """`value` as a floating-point array, of a dtype and a shape if given; a clear error if it is not one."""
-    array = as_array(name, value)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise InputError(f"{name}: expected real numbers, got {array.dtype}; take the real part")
+    """`value` as a floating-point array, of a dtype and a shape if given.
+
+    Without a dtype float32 and float64 stay what they are (float64 where JAX has it), float16 and bfloat16 become
+    float32, and whole numbers and booleans JAX's own floating-point type, whatever their size.
+
+    Raises:
+      InputError: no real numbers, another shape, or numbers beyond the dtype's largest.
+    """
+    array = _as_numbers(name, value)
     if shape is not None and array.shape != shape:
         raise InputError(f"{name}: expected shape {list(shape)}, got {list(array.shape)}")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        array = array.astype(dtype or jnp.result_type(float))
-    return array if dtype is None else array.astype(dtype)
+    if _holds_objects(array):
+        try:
+            array = array.astype(np.float64)
+        except OverflowError:
+            raise InputError(f"{name}: a whole number is beyond float64; use smaller units") from None
+    return _narrowed(name, array, _float_type(array.dtype) if dtype is None else dtypes.canonicalize_dtype(dtype))
 
 
-def require_instance(name: str, value: Any, kind: Any) -> None:
-    """Raise if `value` is no instance of `kind`, a class or a union such as `Solver | None`."""
+def as_integer(name: str, value: Any, remedy: str, dtype: Any = jnp.int32, *, expected: str = "integers") -> jax.Array:
+    """`value`, indices or counts, as an array of whole numbers of a dtype.
+
+    Raises:
+      InputError: no whole numbers (booleans are none), or some that are known and beyond the dtype.
+    """
+    array = _as_numbers(name, value)
+    if not _is_whole(array):
+        raise InputError(f"{name}: expected {expected}, got {array.dtype if array.ndim else repr(value)}; {remedy}")
+    return _as_whole(name, array, np.dtype(dtype), remedy)
+
+
+def as_size(name: str, value: Any, remedy: str = "it is a static size", *, least: int = 1) -> int:
+    """`value` as an int that is known, from `least` to the largest int32. Raises InputError."""
+    try:
+        size = operator.index(value)
+    except TypeError:
+        size = None
+    if size is None or isinstance(value, bool | np.bool_) or size < least:
+        raise InputError(f"{name}: expected an integer of at least {least}, got {value!r}; {remedy}")
+    if size > LARGEST:
+        raise InputError(f"{name}: {size} is above {LARGEST}, the largest int32; {remedy}")
+    return size
+
+
+def plain(value: Any) -> Any:
+    """Python's number where numpy's or JAX's is given: what static fields are made of."""
+    is_scalar = isinstance(value, np.integer | np.bool_) or (is_known(value) and not value.ndim)
+    return value.item() if is_scalar else value
+
+
+def _as_numbers(name: str, value: Any) -> Any:
+    """`value` as it is: a JAX array, or a numpy one in the machine's byte order (of objects: Python's large ints)."""
+    kind = type(value).__name__
+    if hasattr(type(value), "__jax_array__") and not isinstance(value, jax.Array):
+        value = value.__jax_array__()
+    if not isinstance(value, jax.Array):
+        inside = value[0] if isinstance(value, list | tuple) and value else value
+        if hasattr(type(inside), "todense"):
+            raise InputError(
+                f"{name}: expected an array of numbers, got sparse matrices ({type(inside).__name__}); a process of "
+                f"scipy's comes in by MDP.from_scipy, else use toarray()"
+            )
+        if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+            raise InputError(f"{name}: some numbers are masked; say what is meant, e.g. by filled(0)")
+        try:
+            try:
+                value = np.asarray(value)
+            except jax.errors.TracerArrayConversionError:  # traced, or a list that has traced numbers
+                value = jnp.asarray(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{name}: expected an array of numbers, got {kind} ({error})") from None
+    dtype = value.dtype
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise InputError(f"{name}: expected real numbers, got {dtype}; take the real part")
+    if _holds_objects(value) and all(type(entry) is int for entry in np.ravel(value)):
+        return value
+    if dtype.name not in NUMBERS and dtype != np.longdouble:
+        raise InputError(
+            f"{name}: expected an array of numbers, got {kind} of {dtype}; the types that numbers may have are "
+            f"{', '.join(NUMBERS)}"
+        )
+    return value.astype(dtype.newbyteorder("=")) if isinstance(value, np.ndarray) and not dtype.isnative else value
+
+
+def _is_whole(array: Any) -> bool:
+    return _holds_objects(array) or jnp.issubdtype(array.dtype, jnp.integer)
+
+
+def _holds_objects(array: Any) -> bool:
+    """Whether numpy has no type that is wide enough for the whole numbers."""
+    return isinstance(array, np.ndarray) and array.dtype.kind == "O"
+
+
+def _float_type(dtype: Any) -> np.dtype:
+    """What numbers of a dtype are computed in."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return dtypes.canonicalize_dtype(float)
+    wide = np.float32 if dtype.itemsize < 4 else np.float64 if dtype.itemsize > 8 else dtype
+    return dtypes.canonicalize_dtype(wide)
+
+
+def _narrowed(name: str, array: Any, dtype: np.dtype) -> jax.Array:
+    """Numbers in a floating-point dtype; an error where one that is finite would become infinite."""
+    with np.errstate(over="ignore"):
+        made = _moved(array, dtype)
+    if jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).max > jnp.finfo(dtype).max:
+        _require_kept(name, made, array)
+    return made
+
+
+def _as_whole(name: str, array: Any, dtype: np.dtype, remedy: str) -> jax.Array:
+    """Whole numbers in an integer dtype; an error where one would become another."""
+    least, most = int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max)
+    if _holds_objects(array) or int(jnp.iinfo(array.dtype).max) > most or int(jnp.iinfo(array.dtype).min) < least:
+        _require_between(name, array, least, most, dtype, remedy)
+    return _moved(array, dtype)
+
+
+def _moved(array: Any, dtype: np.dtype) -> jax.Array:
+    """As a JAX array of a dtype."""
+    if isinstance(array, np.ndarray):
+        # With a dtype, JAX takes numpy's memory over where it can: a copy, which nobody else writes to. Without one
+        # JAX 0.10 compiles a program for each shape.
+        return jnp.asarray(np.array(array, dtype), dtype)
+    return array.astype(dtype)  # also where it has it: a weak type would be another compilation
+
+
+def require_instance(name: str, value: Any, kind: Any, *, any_floats: bool = False) -> None:
+    """Raise if `value` is no instance of `kind`, a class or a union such as `Solver | None`, or not computable."""
     is_class = isinstance(value, type)
     if is_class or not isinstance(value, kind):
         wanted = " or ".join("None" if k is NoneType else k.__name__ for k in get_args(kind) or (kind,))
         got = f"the class {value.__name__} itself; make one of it" if is_class else type(value).__name__
         raise InputError(f"{name}: expected {wanted}, got {got}")
+    require_computable(name, value, any_floats=any_floats)
+
+
+def require_computable(name: str, tree: Any, *, any_floats: bool = False) -> None:
+    """Raise if an array in a pytree is float64 while JAX computes in float32, or, but for `any_floats`, below float32.
+
+    Constructors see to it that none is, but settings and leaves may have changed since.
+    """
+    computable = {np.dtype(np.float32), dtypes.canonicalize_dtype(np.float64)}
+    for leaf in jax.tree.leaves(tree):
+        if not isinstance(leaf, jax.Array) or leaf.dtype in computable or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        dtype = leaf.dtype
+        if dtype != np.float64 and any_floats:
+            continue
+        where = next(path for path, other in jax.tree_util.tree_leaves_with_path(tree) if other is leaf)
+        remedy = (
+            "it was made while jax_enable_x64 was on, which is off now; set jax.config.update('jax_enable_x64', True), "
+            "or make it anew in float32"
+            if dtype == np.float64
+            else "make it of float32 or float64"
+        )
+        raise InputError(f"{name}{jax.tree_util.keystr(where)} is {dtype}; {remedy}")
 
 
 def require_setting(name: str, value: Any, least: int, remedy: str, *, whole: bool = False) -> None:
-    """Raise if a solver's setting, a number or an array of them, is no number or known to be below `least`."""
+    """Raise if a solver's setting, a number or an array of them, is no number or known to be below `least`.
+
+    A whole number may be known to be above the largest int32 neither.
+    """
     array = value if isinstance(value, jax.Array) else np.asarray(value)
-    kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in kinds):
+    integer = type(value) is int or jnp.issubdtype(array.dtype, jnp.integer)
+    if not integer and (whole or array.dtype == bool or array.dtype.name not in NUMBERS):
         raise InputError(f"{name}: expected a {'whole ' if whole else ''}number, got {value!r}; {remedy}")
+    if integer:
+        dtype = np.dtype(np.int32) if whole else dtypes.canonicalize_dtype(np.int64)
+        _require_between(name, array, int(jnp.iinfo(dtype).min), int(jnp.iinfo(dtype).max), dtype, remedy)
     require_at_least(name, array, least, remedy)
 
 
@@ -97,14 +256,38 @@ def _where_known(check: Callable[..., None]) -> Callable[..., None]:
 
 
 @_where_known
-def require_finite(name: str, array: Any) -> None:
+def _require_kept(name: str, made: Any, given: Any) -> None:
+    """Raise if a number of `given` that is finite is infinite in `made`."""
+    infinite = made.__array_namespace__().isinf(made)
+    if infinite.any():
+        given = np.asarray(given)
+        lost = np.asarray(infinite) & np.isfinite(given)
+        if lost.any():
+            raise InputError(
+                f"{name}{_first(lost)} is {_entry(given, lost):g}, beyond {made.dtype} (at most "
+                f"{jnp.finfo(made.dtype).max:.2g}); use smaller units, or float64 (jax_enable_x64)"
+            )
+
+
+@_where_known
+def _require_between(name: str, array: Any, least: int, most: int, dtype: Any, remedy: str) -> None:
+    """Raise if a whole number is not from `least` to `most`, those of a dtype."""
+    if int(array.min()) < least or int(array.max()) > most:
+        array = np.asarray(array)
+        beyond = np.array([not least <= int(entry) <= most for entry in array.flat]).reshape(array.shape)
+        raise InputError(
+            f"{name}{_first(beyond)} is {_entry(array, beyond)}, beyond {dtype} ({least} to {most}); {remedy}"
+        )
+
+
+@_where_known
+def require_finite(name: str, array: Any, remedy: str = "replace NaN and infinities") -> None:
     """Raise if an entry is NaN or infinite, naming the first."""
     finite = array.__array_namespace__().isfinite(array)
     if not finite.all():
         bad = ~finite
         raise InputError(
-            f"{name}{_first(bad)} is {_entry(array, bad)} ({bad.sum()} of {bad.size} entries are not "
-            f"finite); replace NaN and infinities"
+            f"{name}{_first(bad)} is {_entry(array, bad)} ({bad.sum()} of {bad.size} entries are not finite); {remedy}"
         )
 
 
@@ -129,7 +312,9 @@ def require_fraction(name: str, array: Any, remedy: str) -> None:
     """Raise if an entry is not in [0, 1)."""
     inside = (array >= 0) & (array < 1)
     if not inside.all():
-        raise InputError(f"{name} must be at least 0 and below 1, got {_entry(array, ~inside):g}; {remedy}")
+        # 0.99999999 is 1 in float32.
+        kind = " in float32" if array.dtype == np.float32 else ""
+        raise InputError(f"{name} must be at least 0 and below 1, got {_entry(array, ~inside):g}{kind}; {remedy}")
 
 
 @_where_known
@@ -151,8 +336,11 @@ def require_index(name: str, array: Any, size: int) -> None:
 
 
 @_where_known
-def require_distribution(name: str, array: Any, axis: int, remedy: str) -> None:
-    """Raise if an entry is negative, or a sum along `axis` is not 1."""
+def require_distribution(name: str, array: Any, axis: int, remedy: str, order: str = "[action]") -> None:
+    """Raise if an entry is negative, or a sum along `axis`, counted from the last, is not 1.
+
+    `order` names the axes after the batch axes: where the sums along another of them are 1, the error says so.
+    """
     require_finite(name, array)
     negative = array < 0
     if negative.any():
@@ -162,6 +350,16 @@ def require_distribution(name: str, array: Any, axis: int, remedy: str) -> None:
     total = array.sum(axis)
     bad = abs(total - 1) > tolerance
     if bad.any():
+        axes = min(len(order.split(",")), array.ndim)
+        others = [other for other in range(-axes, 0) if other != axis and array.shape[other]]
+        right = [other for other in others if (abs(array.sum(other) - 1) <= tolerance).all()]
+        if right:
+            remedy = (
+                f"those along axis {right[0]} do, and the order is {order}: if that axis is meant, use "
+                f"numpy.moveaxis(p, {right[0]}, {axis})"
+            )
+        elif (abs(total - 1) < HALF_PRECISION).all():
+            remedy += ", in float32 or float64"
         where = f" at {_first(bad)}" if bad.ndim else ""
         raise InputError(
             f"{name}: probabilities{where} sum to {_entry(total, bad):.9g}, not 1 "

@@ -1,4 +1,4 @@
-"""Tests run in float64 with strict promotion; float32 is asked for where it is tested.
+"""Tests run in float64 with strict promotion of dtypes and of ranks; float32 is asked for where it is tested.
 
 Nearly all of most tests' time is XLA's compile time: without LLVM's optimizations and the MLIR fusion emitters it is
 half of what it was. Slow tests that run for longer than they compile keep the cheaper optimizations. An XLA_FLAGS that
@@ -18,6 +18,7 @@ import pytest
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tracing makes and drops objects by the million: the usual thresholds look through all the living ones too often.
 gc.set_threshold(200_000, 20, 100)

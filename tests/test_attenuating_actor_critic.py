@@ -74,7 +74,7 @@ def test_upper_critic_by_hand(kind):
 
     made, groups, costs = jax.tree.map(np.asarray, quick_jit(make)())
     gamma, total, weight = float(problem.discount), np.zeros((5, 2)), np.zeros((5, 2))
-    due = np.cumsum((costs.each * costs.factors)[:, ::-1], 1)[:, ::-1]
+    due = np.cumsum((costs.each * costs.factors[None])[:, ::-1], 1)[:, ::-1]
     for n, i, h in np.argwhere(groups.valid):
         at = groups.observation[n, i, h], groups.action[n, i, h]
         others = np.mean([due[m, h] for m in range(4) if m != n])

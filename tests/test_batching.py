@@ -18,7 +18,8 @@ solve_one = one_at_a_time_on_cpu(lambda matrix, rhs: lu_solve(lu_factor(matrix),
 
 def systems(*batch, size=4, seed=0):
     keys = jax.random.split(jax.random.key(seed))
-    matrix = jax.random.uniform(keys[0], (*batch, size, size)) + size * jnp.eye(size)
+    shape = (*batch, size, size)
+    matrix = jax.random.uniform(keys[0], shape) + size * jnp.broadcast_to(jnp.eye(size), shape)
     return matrix, jax.random.normal(keys[1], (*batch, size))
 
 

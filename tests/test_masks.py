@@ -96,7 +96,8 @@ def outputs(kind, absent, p):
     weights = np.random.default_rng(5).normal(size=(len(SHORT), ACTIONS))
 
     def total(r, q, weights, shift=0.0):
-        return jnp.sum(jnp.sin(r.conjugate(q) + shift)) + jnp.sum(weights * r.policy(q) ** 2)
+        policy = r.policy(q)
+        return jnp.sum(jnp.sin(r.conjugate(q) + shift)) + jnp.sum(weights.reshape(policy.shape) * policy**2)
 
     if not absent:
         return total(regularizer(kind, temperature, reference), p["q"], weights)

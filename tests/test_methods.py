@@ -74,7 +74,7 @@ def grid(discount, temperature, states=300):
 
 
 def ring(transition, discount, x):
-    return bj.MDP(transition, x["reward"][:, None] - x["price"] * jnp.arange(2.0), discount)
+    return bj.MDP(transition, x["reward"][:, None] - x["price"] * jnp.arange(2.0)[None], discount)
 
 
 def paid_on_ring(weights, x, solution):

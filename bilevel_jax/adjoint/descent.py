@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from bilevel_jax.adjoint.truncated import TruncatedSolver
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import plain, require_setting
 
 
 class Descent(TruncatedSolver):
@@ -26,7 +26,7 @@ class Descent(TruncatedSolver):
     """
 
     step_size: Any = 0.5
-    steps: int = eqx.field(default=1, static=True)
+    steps: int = eqx.field(default=1, static=True, converter=plain)
     tolerance: Any = None
 
     def __check_init__(self):

@@ -8,7 +8,7 @@ from jax import lax
 
 from bilevel_jax.adjoint.krylov import KrylovSolver
 from bilevel_jax.adjoint.preconditioners import Preconditioner
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import plain, require_setting
 
 # Basis vectors are kept in blocks of about this many, so that products with a basis half full read half of it;
 # in one block below so many states, where the program pays for its operations and not for memory.
@@ -36,7 +36,7 @@ class GMRES(KrylovSolver):
     """
 
     tolerance: Any = None
-    restart: int = eqx.field(default=30, static=True)
+    restart: int = eqx.field(default=30, static=True, converter=plain)
     max_cycles: Any = 100
     preconditioner: Preconditioner | None = None
     fall_back: bool = eqx.field(default=False, static=True)

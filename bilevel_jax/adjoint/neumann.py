@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 
 from bilevel_jax.adjoint.truncated import TruncatedSolver
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import plain, require_setting
 
 
 class Neumann(TruncatedSolver):
@@ -21,7 +21,7 @@ class Neumann(TruncatedSolver):
       InputError: terms or tolerance below 0.
     """
 
-    terms: int = eqx.field(static=True)
+    terms: int = eqx.field(static=True, converter=plain)
     tolerance: Any = None
 
     def __check_init__(self):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevel_jax.transitions import StateOperator
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import plain, require_setting
 
 
 class Preconditioner(eqx.Module):
@@ -70,7 +70,7 @@ class NeumannPreconditioner(Preconditioner):
       InputError: terms below 1.
     """
 
-    terms: int = eqx.field(default=2, static=True)
+    terms: int = eqx.field(default=2, static=True, converter=plain)
 
     def __check_init__(self):
         require_setting("terms", self.terms, 1, "1 to 4 is usual", whole=True)

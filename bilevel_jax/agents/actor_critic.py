@@ -15,6 +15,7 @@ from bilevel_jax.agents.values import Learned, TableValues, values_at
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.functions import Table
+from bilevel_jax.validation import plain
 
 
 class ActorCriticState(eqx.Module):
@@ -58,8 +59,8 @@ class ActorCritic(Agent):
     critic_step_size: Callable
     epsilon: jax.Array
     restart_every: jax.Array | None
-    processes: int = eqx.field(static=True)
-    steps: int = eqx.field(static=True)
+    processes: int = eqx.field(static=True, converter=plain)
+    steps: int = eqx.field(static=True, converter=plain)
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.indexing import gather
 from bilevel_jax.regularizers import KLDivergence, Regularizer
-from bilevel_jax.validation import as_array, as_float, require_at_least, require_probability
+from bilevel_jax.validation import as_float, as_integer, as_size, require_at_least, require_probability
 
 
 class Processes(eqx.Module):
@@ -127,8 +127,7 @@ def take(values: jax.Array, actions: jax.Array) -> jax.Array:
 def require_sizes(**sizes: Any) -> None:
     """Raise InputError unless all are integers of at least 1."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise InputError(f"{name}: expected an integer of at least 1, got {size!r}; it is a static size")
+        as_size(name, size)
 
 
 def as_unit(name: str, value: Any, remedy: str) -> jax.Array:
@@ -142,8 +141,6 @@ def as_limit(name: str, value: Any) -> jax.Array | None:
     """A number of steps, or None. Raises InputError."""
     if value is None:
         return None
-    steps = as_array(name, value)
-    if not jnp.issubdtype(steps.dtype, jnp.integer):
-        raise InputError(f"{name}: expected a whole number of steps, got {value!r}; None is the problem's horizon")
+    steps = as_integer(name, value, "None is the problem's horizon", expected="a whole number of steps")
     require_at_least(name, steps, 1, "None is the problem's horizon")
     return steps

@@ -19,6 +19,7 @@ from bilevel_jax.agents.processes import (
 )
 from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.agents.values import TableValues, values_at
+from bilevel_jax.validation import plain
 
 
 class PolicyIterationState(eqx.Module):
@@ -63,10 +64,10 @@ class SampledPolicyIteration(Agent):
 
     epsilon: jax.Array
     restart_every: jax.Array | None
-    processes: int = eqx.field(static=True)
-    steps: int = eqx.field(static=True)
-    improvements: int = eqx.field(static=True)
-    sweeps: int = eqx.field(static=True)
+    processes: int = eqx.field(static=True, converter=plain)
+    steps: int = eqx.field(static=True, converter=plain)
+    improvements: int = eqx.field(static=True, converter=plain)
+    sweeps: int = eqx.field(static=True, converter=plain)
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.agents.schedules import ByVisits, as_pytree, as_schedule
 from bilevel_jax.agents.values import Learned, values_at
 from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.validation import as_float
+from bilevel_jax.validation import as_float, plain
 
 
 class LearnerState(eqx.Module):
@@ -67,8 +67,8 @@ class TemporalDifference(Agent):
     restart_every: jax.Array | None
     keep: jax.Array
     initial_value: jax.Array | None
-    processes: int = eqx.field(static=True)
-    steps: int = eqx.field(static=True)
+    processes: int = eqx.field(static=True, converter=plain)
+    steps: int = eqx.field(static=True, converter=plain)
 
     def __init__(
         self,

@@ -12,10 +12,10 @@ from jax.flatten_util import ravel_pytree
 from bilevel_jax.algorithms.protocol import ModelInfo
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import backup
-from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient import Problem, lower_level, require_problem
 from bilevel_jax.mdp import over_batch
 from bilevel_jax.solvers import ValueIteration, read_out, solve
+from bilevel_jax.validation import as_size
 
 
 class AMDState(eqx.Module):
@@ -86,9 +86,7 @@ def amd(problem: Problem, optimizer: optax.GradientTransformation | UpperLevel, 
       InputError: an argument of another type, sweeps below 1.
     """
     require_problem(problem)
-    if not isinstance(sweeps, int) or sweeps < 1:
-        raise InputError(f"sweeps: expected an integer of at least 1, got {sweeps!r}; 100 is usual")
-    return AMD(problem, optimizer, sweeps)
+    return AMD(problem, optimizer, as_size("sweeps", sweeps, "100 is usual"))
 
 
 @jax.jit

@@ -84,7 +84,7 @@ class AttenuatingActorCritic(SampledAlgorithm):
 
         def surrogate(x):
             costs = paid(for_loss, problem, x, groups)
-            value = jnp.sum(costs.factors * costs.each) / self.batch
+            value = jnp.sum(costs.factors[None] * costs.each) / self.batch
             gap = earned(x, own) - earned(x, groups)
             return value + gap / softness.astype(gap.dtype), (value, stop_gradient(costs))
 
@@ -95,7 +95,7 @@ class AttenuatingActorCritic(SampledAlgorithm):
     def _criticize(self, state: Any, groups: Trajectory, costs: Costs) -> jax.Array:
         """U moved towards the batch: what was still to pay over the discounted visits, pair by pair."""
         problem, critic, shape = self.problem, state.memory, groups.action.shape
-        credit = LeaveOneOut().credit(None, problem, self._policy(state, 1), groups, costs) * costs.factors
+        credit = LeaveOneOut().credit(None, problem, self._policy(state, 1), groups, costs) * costs.factors[None, None]
         credit = jnp.broadcast_to(problem.trajectories * credit, shape).astype(critic.dtype)
         weights = jnp.broadcast_to(discounts(problem, problem.horizon).astype(critic.dtype), shape)
         visits = Visits.of(require_tabular(problem, "attenuating_actor_critic"), _each(groups))

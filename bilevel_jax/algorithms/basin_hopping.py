@@ -12,7 +12,7 @@ from bilevel_jax.algorithms.upper import Cooling
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level
 from bilevel_jax.solvers import solve
-from bilevel_jax.validation import as_float, require_positive, require_probability
+from bilevel_jax.validation import as_float, as_size, require_positive, require_probability
 
 
 class BasinHoppingState(eqx.Module):
@@ -83,8 +83,7 @@ def basin_hopping(algorithm: Any, *, descent: int = 300, spread: Any = 3.0, fres
             f"algorithm: {type(algorithm).__name__} does not know the model, ends could not be compared; take e.g. "
             f"bilevel_jax.algorithms.implicit"
         )
-    if not isinstance(descent, int) or descent < 1:
-        raise InputError(f"descent: expected an integer of at least 1, got {descent!r}; it is a static size")
+    descent = as_size("descent", descent)
     spread, fresh = as_float("spread", spread), as_float("fresh", fresh)
     require_positive("spread", spread, "3 is usual for logits")
     require_probability("fresh", fresh, "0.5 is usual, 1 starts all descents around the given x")

@@ -41,7 +41,7 @@ class BCHG(SampledAlgorithm):
 
         def surrogate(x):
             costs = paid(for_loss, problem, x, groups)
-            value = jnp.sum(costs.factors * costs.each) / self.batch
+            value = jnp.sum(costs.factors[None] * costs.each) / self.batch
             each = jnp.repeat(stop_gradient(costs.each), problem.trajectories, 0)
             critic = self._sarsa(state.memory, visits, each, costs.discount)
             upper = critic - jnp.sum(policy.values.astype(critic.dtype) * critic, -1, keepdims=True)

@@ -29,7 +29,7 @@ class HPGD(SampledAlgorithm):
 
         def surrogate(x):
             costs = paid(for_loss, problem, x, groups)
-            value = jnp.sum(costs.factors * costs.each) / self.batch
+            value = jnp.sum(costs.factors[None] * costs.each) / self.batch
             ahead = jnp.repeat(stop_gradient(costs).returns(), problem.trajectories, 0)
             advantage = visits.pair_means(ahead)[visits.pair] - visits.state_means(ahead)[visits.state]
             earned = reward_returns(problem, x, flat)

@@ -17,7 +17,7 @@ from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.occupancy import occupancy, regularized_policy_value
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.solvers import PolicyIteration, Solution, Solver, solve
-from bilevel_jax.validation import as_float, require_instance, require_positive
+from bilevel_jax.validation import as_float, as_size, require_instance, require_positive
 
 Penalty = Literal["value", "bellman"]
 
@@ -135,8 +135,7 @@ def pbrl(
     require_instance("lower", lower, Solver | None)
     if penalty not in get_args(Penalty):
         raise InputError(f"penalty: expected 'value' or 'bellman', got {penalty!r}")
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps: expected an integer of at least 1, got {steps!r}")
+    steps = as_size("steps", steps)
     weight, rate = as_float("weight", weight, float), as_float("rate", rate, float)
     require_positive("weight", weight, "100 is usual")
     require_positive("rate", rate, "1 is usual")

@@ -10,11 +10,11 @@ import optax
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
-from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.functions import ActionFunction
 from bilevel_jax.hypergradient import as_upper_variable
 from bilevel_jax.results import Outcome, Result
+from bilevel_jax.validation import as_size
 
 
 class SampledState(eqx.Module):
@@ -142,9 +142,7 @@ def _step(algorithm, key, state):
 
 def require_batch(batch: int) -> int:
     """The batch, if it is a size. Raises InputError."""
-    if not isinstance(batch, int) or batch < 1:
-        raise InputError(f"batch: expected an integer of at least 1, got {batch!r}; it is a static size")
-    return batch
+    return as_size("batch", batch)
 
 
 def batch_steps(problem: SampledProblem, batch: int) -> int:

@@ -11,7 +11,6 @@ from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.sampled import SampledAlgorithm, SampledEstimate, batch_steps, require_batch
 from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.environments import Trajectory
-from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import (
     Baseline,
     LeaveOneOut,
@@ -23,7 +22,7 @@ from bilevel_jax.estimators import (
     regroup,
     sample_groups,
 )
-from bilevel_jax.validation import as_float, require_positive
+from bilevel_jax.validation import as_float, as_size, plain, require_positive
 
 
 class Reuse(eqx.Module):
@@ -40,9 +39,7 @@ class Reuse(eqx.Module):
     clip: jax.Array
 
     def __init__(self, batches: int = 1, clip: Any = 10.0):
-        if not isinstance(batches, int) or batches < 1:
-            raise InputError(f"batches: expected an integer of at least 1, got {batches!r}; reuse=None uses none again")
-        self.batches = batches
+        self.batches = as_size("batches", batches, "reuse=None uses none again")
         self.clip = as_float("clip", clip)
         require_positive("clip", self.clip, "10 is usual")
 
@@ -54,7 +51,7 @@ class SoBiRL(SampledAlgorithm):
     baseline: Baseline
     batch: int = eqx.field(static=True)
     reuse: Reuse | None = None
-    pairings: int = eqx.field(default=1, static=True)
+    pairings: int = eqx.field(default=1, static=True, converter=plain)
 
     def init_memory(self, x):
         return self.response.init(self.problem, x), self.baseline.init(self.problem), self._no_batches(x)

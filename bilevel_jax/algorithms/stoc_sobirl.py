@@ -13,7 +13,7 @@ from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.environments import TabularEnvironment
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import Baseline, NestedRollouts, Response, SampledProblem, SharedRollouts
-from bilevel_jax.validation import as_float, require_positive
+from bilevel_jax.validation import as_float, as_size, require_positive
 
 
 class StocSchedule(NamedTuple):
@@ -50,8 +50,7 @@ def stoc_schedule(
     Raises:
       InputError: iterations below 1, a constant not above 0, a discount outside [0, 1).
     """
-    if not isinstance(iterations, int) or iterations < 1:
-        raise InputError(f"iterations: expected an integer of at least 1, got {iterations!r}")
+    iterations = as_size("iterations", iterations)
     if not 0 <= discount < 1:
         raise InputError(f"discount must be at least 0 and below 1, got {discount:g}")
     for name, value in (("batch", batch), ("agent_batch", agent_batch)):

@@ -13,9 +13,10 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.functions import as_pytree
 from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level
 from bilevel_jax.mdp import MDP
+from bilevel_jax.promotion import usual_promotion
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.solvers import Solution
-from bilevel_jax.validation import as_float, require_instance, require_positive
+from bilevel_jax.validation import as_float, require_computable, require_instance, require_positive
 
 
 class UpperLevel(eqx.Module):
@@ -57,7 +58,7 @@ class UpperLevel(eqx.Module):
         """x, or the nearest point that is allowed."""
         if self.projection is None:
             return x
-        with jax.numpy_dtype_promotion("standard"):  # optax's code need not keep to strict promotion
+        with usual_promotion():  # optax's code need not keep to a strict one
             projected = self.projection(x)
         return jax.tree.map(lambda to, leaf: to.astype(leaf.dtype), projected, x)
 
@@ -76,7 +77,7 @@ class UpperLevel(eqx.Module):
         `values`: `value`, `grad` and `value_fn` at x for optimizers that search along a line.
         """
         optimizer = optax.with_extra_args_support(self.optimizer)
-        with jax.numpy_dtype_promotion("standard"):
+        with usual_promotion():
             updates, optimizer_state = optimizer.update(gradient, optimizer_state, x, **values)
         moved = jax.tree.map(lambda leaf, g: leaf - g.astype(leaf.dtype), x, gradient)
         step = jax.tree.map(lambda leaf, to: leaf - to, x, self.project(moved))
@@ -111,10 +112,11 @@ def as_upper_level(optimizer: Any) -> UpperLevel:
 def at_iteration(algorithm: Any, iteration: jax.Array) -> Any:
     """The algorithm with the problem of that iteration, as its schedule of the temperature has it."""
     upper = algorithm.upper
+    require_computable("problem", algorithm.problem, any_floats=True)
     if upper.temperature is None:
         return algorithm
     kind = _ModelAtTemperature if isinstance(algorithm.problem, Problem) else _AtTemperature
-    with jax.numpy_dtype_promotion("standard"):
+    with usual_promotion():
         problem = kind(algorithm.problem, upper.temperature(iteration))
     return dataclasses.replace(
         algorithm, problem=problem, upper=UpperLevel(upper.optimizer, projection=upper.projection)

@@ -52,5 +52,5 @@ def reward_returns(problem: SampledProblem, x: Any, trajectories: Trajectory) ->
 
 def policy_term(advantage: jax.Array, answer: jax.Array, visits: Visits, factors: jax.Array) -> jax.Array:
     """mean over trajectories of sum_h factors[h] advantage answer, [B, H] both; `advantage` is a constant."""
-    weighted = stop_gradient(jnp.where(visits.valid, factors * advantage, 0)) * answer
+    weighted = stop_gradient(jnp.where(visits.valid, factors[None] * advantage, 0)) * answer
     return jnp.sum(weighted) / advantage.shape[0]

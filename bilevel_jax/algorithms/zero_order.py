@@ -55,7 +55,7 @@ class ZeroOrder(SampledAlgorithm):
         for_groups, for_loss = jax.random.split(key)
         groups = sample_groups(for_groups, self.problem, self.agent.policy(agent, self.problem, x), self.batch)
         costs = paid(for_loss, self.problem, x, groups)
-        return jnp.sum(costs.factors * costs.each) / self.batch
+        return jnp.sum(costs.factors[None] * costs.each) / self.batch
 
     @property
     def environment_steps(self):

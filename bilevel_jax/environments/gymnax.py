@@ -11,7 +11,8 @@ import numpy as np
 
 from bilevel_jax.environments.protocol import Environment, TimeStep
 from bilevel_jax.errors import InputError
-from bilevel_jax.validation import is_known
+from bilevel_jax.promotion import usual_promotion
+from bilevel_jax.validation import as_array, is_known
 
 
 class GymnaxEnvironment(Environment):
@@ -49,7 +50,7 @@ class GymnaxEnvironment(Environment):
         if parameters is None:
             parameters = getattr(environment, "default_params", None)
         self.environment = environment
-        self.parameters = jax.tree.map(_as_leaf, parameters)
+        self.parameters = jax.tree_util.tree_map_with_path(_as_leaf, parameters)
         self.actions = _number_of_actions(environment, parameters)
 
     @property
@@ -58,7 +59,8 @@ class GymnaxEnvironment(Environment):
 
     def reset(self, key):
         method = _method(self.environment, "reset_env") or self.environment.reset
-        observation, state = method(key, self.parameters)
+        with usual_promotion():
+            observation, state = method(key, self.parameters)
         return jax.tree.map(lambda leaf: _cast(leaf, None), (state, observation))
 
     def observe(self, state):
@@ -66,7 +68,8 @@ class GymnaxEnvironment(Environment):
 
     def step(self, key, state, action):
         plain = _method(self.environment, "step_env")
-        values = (plain or self.environment.step)(key, state[0], action, self.parameters)
+        with usual_promotion():
+            values = (plain or self.environment.step)(key, state[0], action, self.parameters)
         if not isinstance(values, tuple | list) or len(values) not in (5, 6):
             got = f"{len(values)} values" if isinstance(values, tuple | list) else type(values).__name__
             raise InputError(
@@ -89,7 +92,9 @@ class GymnaxEnvironment(Environment):
         asked = _method(self.environment, "is_truncated")
         if asked is not None:
             # Such an environment's step_env leaves the limit out of `done`.
-            return done, jnp.asarray(asked(state, self.parameters)).astype(bool) & ~done
+            with usual_promotion():
+                truncated = asked(state, self.parameters)
+            return done, jnp.asarray(truncated).astype(bool) & ~done
         limit, time = getattr(self.parameters, "max_steps_in_episode", None), getattr(state, "time", None)
         if limit is None or time is None:
             return done, jnp.zeros_like(done)
@@ -134,9 +139,12 @@ def _number_of_actions(environment: Any, parameters: Any) -> int:
     return count
 
 
-def _as_leaf(value: Any) -> Any:
+def _as_leaf(path: Any, value: Any) -> Any:
     """A number as an array, for jit to take; weakly typed as Python's own, so that results keep their types."""
-    return jnp.asarray(value) if isinstance(value, bool | int | float | np.ndarray | np.generic) else value
+    if not isinstance(value, bool | int | float | np.ndarray | np.generic):
+        return value
+    checked = as_array(f"parameters{jax.tree_util.keystr(path)}", value)
+    return checked if isinstance(value, np.ndarray | np.generic) else jnp.asarray(value)
 
 
 def _cast(leaf: Any, like: Any) -> jax.Array:

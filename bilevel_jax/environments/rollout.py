@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from bilevel_jax.environments.protocol import Environment, Trajectory
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import ActionFunction
-from bilevel_jax.validation import as_array, require_index
+from bilevel_jax.validation import as_integer, as_size, require_computable, require_index
 
 
 def rollout(
@@ -34,6 +34,7 @@ def rollout(
       InputError: batch or horizon is not an integer of at least 1; the policy has other sizes than the
         environment.
     """
+    require_computable("environment", environment, any_floats=True)
     keys = trajectory_keys(key, batch, first)
     states = jax.vmap(lambda key: environment.reset(jax.random.fold_in(key, 0)))(keys)
     return environment.run(keys, states, policy, _count("horizon", horizon), None)[0]
@@ -60,6 +61,7 @@ def rollout_from(
       InputError: horizon is not an integer of at least 1; keys, states and actions are not of one length;
         actions are not integers in 0 to A - 1; the policy has other sizes than the environment.
     """
+    require_computable("environment", environment, any_floats=True)
     keys = _typed(keys)
     if keys.ndim != 1:
         raise InputError(f"keys: expected one key a trajectory, [B], got shape {list(keys.shape)}")
@@ -74,7 +76,8 @@ def rollout_from(
 def trajectory_keys(key: jax.Array, batch: int, first: Any = 0) -> jax.Array:
     """One key a trajectory, [B]."""
     key = _typed(key)
-    numbers = jnp.asarray(first, jnp.uint32) + jnp.arange(_count("batch", batch), dtype=jnp.uint32)
+    first = as_integer("first", first, "trajectories are numbered from 0 on", jnp.uint32)
+    numbers = first + jnp.arange(_count("batch", batch), dtype=jnp.uint32)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
 
@@ -109,16 +112,12 @@ def _typed(keys: jax.Array) -> jax.Array:
 
 
 def _first_actions(actions: Any, shape: tuple[int, ...], num_actions: int) -> jax.Array:
-    actions = as_array("actions", actions)
-    if actions.shape != shape or not jnp.issubdtype(actions.dtype, jnp.integer):
-        raise InputError(
-            f"actions: expected integers, one a trajectory, {list(shape)}, got {actions.dtype} {list(actions.shape)}"
-        )
+    actions = as_integer("actions", actions, "give one action a trajectory")
+    if actions.shape != shape:
+        raise InputError(f"actions: expected integers, one a trajectory, {list(shape)}, got {list(actions.shape)}")
     require_index("actions", actions, num_actions)
-    return actions.astype(jnp.int32)
+    return actions
 
 
 def _count(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name}: expected an integer of at least 1, got {value!r}; it is a static size")
-    return value
+    return as_size(name, value)

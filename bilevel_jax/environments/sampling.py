@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel_jax.promotion import with_rank
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
@@ -32,12 +34,14 @@ def thresholds(probabilities: jax.Array) -> jax.Array:
     sums = jax.lax.cummax(jnp.where(possible, sums / sums[..., -1:], -jnp.inf), sums.ndim - 1)
     count = probabilities.shape[-1]
     last = count - 1 - jnp.argmax(jnp.flip(possible, -1), -1)
-    return jnp.where(jnp.arange(count) >= last[..., None], jnp.inf, sums).astype(jnp.float32)
+    ends = jax.lax.broadcasted_iota(last.dtype, sums.shape, sums.ndim - 1) >= last[..., None]
+    return jnp.where(ends, jnp.inf, sums).astype(jnp.float32)
 
 
 def pick(number: jax.Array, thresholds: jax.Array) -> jax.Array:
     """How many of thresholds[..., N] the number reaches, int32."""
-    return jnp.sum(number[..., None] >= thresholds, -1, dtype=jnp.int32)
+    rank = max(number.ndim + 1, thresholds.ndim)
+    return jnp.sum(with_rank(number[..., None], rank) >= with_rank(thresholds, rank), -1, dtype=jnp.int32)
 
 
 @jax.jit

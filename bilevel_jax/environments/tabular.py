@@ -14,7 +14,7 @@ from bilevel_jax.functions import tabulate
 from bilevel_jax.indexing import gather
 from bilevel_jax.mdp import MDP
 from bilevel_jax.transitions import DenseTransition, StencilTransition, SuccessorTransition
-from bilevel_jax.validation import is_known
+from bilevel_jax.validation import is_known, require_instance
 
 
 class TabularEnvironment(Environment):
@@ -41,6 +41,7 @@ class TabularEnvironment(Environment):
     initial: jax.Array  # float32 [S], thresholds
 
     def __init__(self, mdp: MDP):
+        require_instance("mdp", mdp, MDP)
         flat = flatten_contexts(mdp)
         self.reward = flat.reward
         self.successor, self.threshold, self.ends, self.initial = _tables(flat)

@@ -66,7 +66,7 @@ class LeaveOneOut(_Subtracted):
         del state, problem, groups
         to_go = costs.returns()
         others = max(1, to_go.shape[0] - 1)
-        return ((jnp.sum(to_go, 0) - to_go) / others)[:, None]
+        return ((jnp.sum(to_go, 0, keepdims=True) - to_go) / others)[:, None]
 
 
 class StateBaseline(_Subtracted):

@@ -32,7 +32,7 @@ def step_costs(problem: SampledProblem, losses: jax.Array) -> Costs:
     """Costs from the losses of N groups, [N] or [N, H]. Raises InputError for another shape."""
     if losses.ndim == 1:
         last = jnp.arange(problem.horizon) == problem.horizon - 1
-        return Costs(jnp.where(last, losses[:, None], 0), jnp.ones((), losses.dtype))
+        return Costs(jnp.where(last[None], losses[:, None], 0), jnp.ones((), losses.dtype))
     if losses.shape[1:] != (problem.horizon,):
         raise InputError(
             f"loss: expected a scalar or [H] = [{problem.horizon}] for each group, got shape {list(losses.shape[1:])}"

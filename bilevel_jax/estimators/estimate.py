@@ -13,6 +13,8 @@ from bilevel_jax.estimators.costs import Costs, step_costs
 from bilevel_jax.estimators.problem import SampledProblem, temperature_of
 from bilevel_jax.estimators.responses import Response
 from bilevel_jax.functions import ActionFunction
+from bilevel_jax.hypergradient.problem import as_upper_variable
+from bilevel_jax.validation import as_integer
 
 
 class Estimate(NamedTuple):
@@ -38,7 +40,7 @@ def sample_groups(
         policy,
         batch=batch * size,
         horizon=problem.horizon,
-        first=jnp.asarray(first, jnp.uint32) * size,
+        first=as_integer("first", first, "trajectories are numbered from 0 on", jnp.uint32) * size,
     )
     return jax.tree.map(lambda leaf: leaf.reshape(batch, size, *leaf.shape[1:]), sampled)
 
@@ -56,8 +58,9 @@ def regroup(groups: Trajectory, times: int) -> Trajectory:
     if not isinstance(times, int) or not 1 <= times <= count:
         raise InputError(f"times: expected an integer from 1 to the {count} groups, got {times!r}")
     row = jnp.arange(count)[:, None]
-    which = [(row + jnp.arange(size) * shift) % count for shift in range(times)]
-    return jax.tree.map(lambda leaf: leaf[jnp.concatenate(which), jnp.arange(size)], groups)
+    member = jnp.arange(size)[None]
+    which = [(row + member * shift) % count for shift in range(times)]
+    return jax.tree.map(lambda leaf: leaf[jnp.concatenate(which), member], groups)
 
 
 def estimate(
@@ -104,6 +107,7 @@ def estimate_from(
     weights: jax.Array | None = None,
 ) -> Estimate:
     """`estimate` from groups [N, I, H] that were drawn already; with importance weights [N] under any policy."""
+    x = as_upper_variable(x)
     baseline = LeaveOneOut() if baseline is None else baseline
     _, for_response = jax.random.split(key)
     count, horizon = groups.action.shape[0], groups.action.shape[-1]
@@ -112,11 +116,11 @@ def estimate_from(
 
     def surrogate(x):
         costs = paid(key, problem, x, groups)
-        weighted = weights.astype(costs.each.dtype)[:, None] * costs.factors
+        weighted = weights.astype(costs.each.dtype)[:, None] * costs.factors[None]
         value = jnp.sum(weighted * costs.each) / count
         constant = stop_gradient(costs)
         credit = baseline.credit(baseline_state, problem, policy, groups, constant)
-        credit = jnp.where(groups.valid, credit * weighted[:, None], 0) / count
+        credit = jnp.where(groups.valid, credit * weighted[:, None, :], 0) / count
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
         answer = response.surrogate(
             for_response, response_state, problem, x, policy, flat, stop_gradient(credit.reshape(-1, horizon))

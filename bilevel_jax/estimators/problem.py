@@ -11,7 +11,7 @@ from bilevel_jax.environments import Environment, TabularEnvironment, Trajectory
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import ActionFunction, Table, as_pytree, tabulate
 from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy
-from bilevel_jax.validation import as_float, require_fraction
+from bilevel_jax.validation import as_float, as_size, require_fraction
 
 
 @runtime_checkable
@@ -112,10 +112,7 @@ class SampledBilevelProblem(eqx.Module):
         require_fraction("discount", self.discount, "for long horizons use e.g. 0.999")
         self.loss_discount = as_float("loss_discount", loss_discount)
         for name, size in (("horizon", horizon), ("trajectories", trajectories)):
-            if not isinstance(size, int) or size < 1:
-                raise InputError(f"{name}: expected an integer of at least 1, got {size!r}")
-        self.horizon = horizon
-        self.trajectories = trajectories
+            setattr(self, name, as_size(name, size))
 
     def reward(self, x):
         """See `SampledProblem`; an array becomes a `Table`."""

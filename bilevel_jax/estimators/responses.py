@@ -26,7 +26,9 @@ from bilevel_jax.estimators.problem import SampledProblem, discounts, require_ta
 from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import ActionFunction, tabulate
 from bilevel_jax.hypergradient import Problem
+from bilevel_jax.hypergradient.problem import as_upper_variable
 from bilevel_jax.mdp import over_batch
+from bilevel_jax.validation import as_size, plain
 
 
 class Response(eqx.Module):
@@ -133,10 +135,10 @@ class NestedRollouts(Response):
       InputError: sizes below 1.
     """
 
-    length: int = eqx.field(static=True)
-    copies: int = eqx.field(default=1, static=True)
+    length: int = eqx.field(static=True, converter=plain)
+    copies: int = eqx.field(default=1, static=True, converter=plain)
     coupled: bool = eqx.field(default=True, static=True)
-    visits: int | None = eqx.field(default=None, static=True)
+    visits: int | None = eqx.field(default=None, static=True, converter=plain)
 
     def __check_init__(self):
         _require_sizes(length=self.length, copies=self.copies, visits=1 if self.visits is None else self.visits)
@@ -179,8 +181,8 @@ class SharedRollouts(Response):
       InputError: sizes below 1; the environment is not tabular.
     """
 
-    length: int = eqx.field(static=True)
-    copies: int = eqx.field(default=1, static=True)
+    length: int = eqx.field(static=True, converter=plain)
+    copies: int = eqx.field(default=1, static=True, converter=plain)
 
     def __check_init__(self):
         _require_sizes(length=self.length, copies=self.copies)
@@ -220,7 +222,7 @@ class LearnedCritic(Response):
       InputError: sweeps below 1; the environment is not tabular.
     """
 
-    sweeps: int = eqx.field(default=20, static=True)
+    sweeps: int = eqx.field(default=20, static=True, converter=plain)
     step_size: Any = 0.1
 
     def __check_init__(self):
@@ -228,14 +230,14 @@ class LearnedCritic(Response):
 
     def init(self, problem, x):
         environment = require_tabular(problem, "LearnedCritic")
-        flat = ravel_pytree(x)[0]
+        flat = ravel_pytree(as_upper_variable(x))[0]
         pairs = environment.num_states * environment.num_actions
         return jnp.zeros((pairs, flat.size), flat.dtype), jnp.zeros(pairs, flat.dtype)
 
     def update(self, state, problem, x, policy, groups):
         environment = require_tabular(problem, "LearnedCritic")
         critic, batches = state
-        flat, unravel = ravel_pytree(x)
+        flat, unravel = ravel_pytree(as_upper_variable(x))
         jacobian = jax.jacobian(lambda f: reward_table(problem, unravel(f), environment.num_states).reshape(-1))(flat)
         pi = tabulate(policy, environment.num_states).values.astype(flat.dtype)
         seen = Counts.of(environment, groups, flat.dtype)
@@ -281,7 +283,7 @@ class LearnedModel(Response):
 
     def init(self, problem, x):
         environment = require_tabular(problem, "LearnedModel")
-        return Counts.none(environment, jnp.result_type(*jax.tree.leaves(x)))
+        return Counts.none(environment, jnp.result_type(*jax.tree.leaves(as_upper_variable(x))))
 
     def update(self, state, problem, x, policy, groups):
         del x, policy
@@ -322,7 +324,7 @@ def _returns(problem: SampledProblem, x: Any, sampled: Trajectory) -> jax.Array:
     # A simulator that resets itself goes on after the end: not with what this process earned.
     ended = jnp.cumsum((sampled.terminated | sampled.truncated).astype(jnp.int32), 1)
     before = jnp.pad(ended, ((0, 0), (1, 0)))[:, :-1] > 0
-    return jnp.sum(jnp.where(sampled.valid & ~before, taken * discounts(problem, taken.shape[1]), 0), 1)
+    return jnp.sum(jnp.where(sampled.valid & ~before, taken * discounts(problem, taken.shape[1])[None], 0), 1)
 
 
 def _draw_visits(key: jax.Array, credit: jax.Array, visits: int) -> tuple[jax.Array, jax.Array]:
@@ -342,5 +344,4 @@ def _flatten(leaf: jax.Array) -> jax.Array:
 
 def _require_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"{name}: expected an integer of at least 1, got {size!r}")
+        as_size(name, size)

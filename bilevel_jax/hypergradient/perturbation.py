@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel_jax.hypergradient.problem import Problem, lower_level
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
 from bilevel_jax.solvers import Solver, solve
-from bilevel_jax.validation import as_float, require_instance, require_positive, require_setting
+from bilevel_jax.validation import as_float, plain, require_instance, require_positive, require_setting
 
 # Of sixth and fourth order in the step, for phi(x + k h) - phi(x - k h), k = 1, 2, 3, over h.
 SIXTH = (45 / 60, -9 / 60, 1 / 60)
@@ -76,7 +76,7 @@ class SimultaneousPerturbation(Method):
     """
 
     key: jax.Array
-    samples: int = eqx.field(default=32, static=True)
+    samples: int = eqx.field(default=32, static=True, converter=plain)
     step: Any = None
     solver: Solver | None = None
 

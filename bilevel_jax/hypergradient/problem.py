@@ -13,7 +13,7 @@ from bilevel_jax.functions import as_pytree
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.solvers import Solution
-from bilevel_jax.validation import as_array, require_instance
+from bilevel_jax.validation import as_array, require_computable, require_instance
 
 
 @runtime_checkable
@@ -83,7 +83,7 @@ class _Constant(eqx.Module):
 
 def require_problem(problem: Any) -> None:
     """Raise InputError if the argument is no `Problem`, or one that jit cannot take."""
-    require_instance("problem", problem, Problem)
+    require_instance("problem", problem, Problem, any_floats=True)  # what is in it is the user's own
     if jax.tree_util.all_leaves([problem]):
         raise InputError(
             f"problem: {type(problem).__name__} is no pytree; make it an equinox.Module, or use a "
@@ -97,10 +97,12 @@ def lower_level(problem: Problem, x: Any) -> tuple[MDP, Regularizer]:
     Raises:
       InputError: what the problem's functions return is no MDP or no Regularizer, or does not fit.
     """
+    require_computable("problem", problem, any_floats=True)
     mdp, regularizer = problem.mdp(x), problem.regularizer(x)
     for name, value, kind in (("mdp", mdp, MDP), ("regularizer", regularizer, Regularizer)):
         if not isinstance(value, kind):
             raise InputError(f"{name}(x) must return a bilevel_jax.{kind.__name__}, got {type(value).__name__}")
+        require_computable(f"{name}(x)", value)
     check_compatible(mdp, regularizer)
     return mdp, regularizer
 

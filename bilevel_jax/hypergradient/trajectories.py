@@ -9,7 +9,7 @@ from bilevel_jax.adjoint.truncated import TruncatedSolver
 from bilevel_jax.hypergradient.implicit import Implicit
 from bilevel_jax.hypergradient.protocol import Method
 from bilevel_jax.solvers import Solver
-from bilevel_jax.validation import require_instance, require_setting
+from bilevel_jax.validation import plain, require_instance, require_setting
 
 
 class ExpectedTrajectories(Method):
@@ -31,7 +31,7 @@ class ExpectedTrajectories(Method):
       InputError: length below 1, or a solver of another type.
     """
 
-    length: int = eqx.field(static=True)
+    length: int = eqx.field(static=True, converter=plain)
     solver: Solver | None = None
 
     def __check_init__(self):

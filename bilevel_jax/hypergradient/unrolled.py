@@ -16,7 +16,7 @@ from bilevel_jax.hypergradient.lagrangian import Lagrangian, sweep
 from bilevel_jax.hypergradient.problem import lower_level
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
 from bilevel_jax.solvers import ValueIteration, read_out, solve
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import plain, require_setting
 
 
 class Unrolled(Method):
@@ -37,8 +37,8 @@ class Unrolled(Method):
       InputError: sweeps below 1, differentiated not from 0 to sweeps, another mode.
     """
 
-    sweeps: int = eqx.field(static=True)
-    differentiated: int | None = eqx.field(default=None, static=True)
+    sweeps: int = eqx.field(static=True, converter=plain)
+    differentiated: int | None = eqx.field(default=None, static=True, converter=plain)
     mode: Literal["reverse", "forward"] = eqx.field(default="reverse", static=True)
 
     def __check_init__(self):

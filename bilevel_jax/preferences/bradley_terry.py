@@ -31,8 +31,14 @@ def log_likelihood(return_1: Any, return_2: Any, label: Any) -> jax.Array:
 
     Exact where the probabilities round to 0 or 1, and as smooth at equal returns as elsewhere.
     """
-    gain = as_float("return_1", return_1) - as_float("return_2", return_2)
-    return _log_likelihood(gain, as_float("label", label, gain.dtype))
+    gain = gain_of(return_1, return_2)
+    return _log_likelihood(*jnp.broadcast_arrays(gain, as_float("label", label, gain.dtype)))
+
+
+def gain_of(return_1: Any, return_2: Any) -> jax.Array:
+    """What the first of two segments has more than the second, [...]."""
+    first, second = jnp.broadcast_arrays(as_float("return_1", return_1), as_float("return_2", return_2))
+    return first - second
 
 
 # One exponential and one logarithm a pair, where two log-sigmoids would take twice that.

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
-from bilevel_jax.preferences.bradley_terry import FIRST, SECOND, TIE
+from bilevel_jax.preferences.bradley_terry import FIRST, SECOND, TIE, gain_of
+from bilevel_jax.promotion import with_rank
 from bilevel_jax.validation import as_float, is_known, require_at_least, require_finite
 
 
@@ -50,7 +51,7 @@ class Teacher(eqx.Module):
         # 1 - first - second, without cancellation
         tie = -jnp.expm1(-2 * v) * jax.nn.sigmoid(u + v) * jax.nn.sigmoid(v - u)
         considered = jnp.stack([first, tie, second], -1)
-        return (1 - noise) * considered + noise * jnp.array([0.5, 0, 0.5], gain.dtype)
+        return (1 - noise) * considered + noise * with_rank(jnp.array([0.5, 0, 0.5], gain.dtype), considered.ndim)
 
     def mean_label(self, return_1: jax.Array, return_2: jax.Array) -> jax.Array:
         """P(first) + P(tie) / 2, the expected label, [...]."""
@@ -69,7 +70,7 @@ class Teacher(eqx.Module):
         return jnp.where(number < first, labels[0], jnp.where(number < first + tie, labels[1], labels[2]))
 
     def _gain(self, return_1: Any, return_2: Any) -> jax.Array:
-        return as_float("return_1", return_1) - as_float("return_2", return_2)
+        return gain_of(return_1, return_2)
 
     def _leaves(self) -> tuple[jax.Array, ...]:
         return self.rationality, self.noise, self.tie_threshold

@@ -22,7 +22,7 @@ from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import Transition
-from bilevel_jax.validation import as_float, require_at_least, require_finite
+from bilevel_jax.validation import as_float, plain, require_at_least, require_finite
 
 ROWS = (
     "xxxxxxxxxxxxx",
@@ -102,7 +102,7 @@ class FourRooms(eqx.Module):
     place: jax.Array  # int32 [n], the states with a penalty
     initial: jax.Array  # [S]
     environment: TabularEnvironment
-    horizon: int = eqx.field(static=True)
+    horizon: int = eqx.field(static=True, converter=plain)
     rows: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, options: FourRoomsOptions):
@@ -115,7 +115,7 @@ class FourRooms(eqx.Module):
         self.transition = dynamics(grid, options.slip, options.transition, entry)
         self.temperature = ShannonEntropy(options.temperature).temperature
         self.beta = as_float("beta", options.beta, float)
-        self.discount = jnp.asarray(options.discount, float)
+        self.discount = as_float("discount", options.discount, float)
         self.max_penalty = as_float("max_penalty", options.max_penalty, float)
         require_finite("beta", self.beta)
         require_finite("max_penalty", self.max_penalty)
@@ -198,7 +198,7 @@ class FourRooms(eqx.Module):
     def _designer_reward(self, x: jax.Array) -> jax.Array:
         """What the designer gets in each context and state, [C, S]."""
         price = self.beta * jnp.sum(jnp.abs(self.incentive(x)))
-        return jnp.where(self.at_goal, -price, 0) + self.at_target.astype(price.dtype)
+        return jnp.where(self.at_goal, -price, 0) + self.at_target.astype(price.dtype)[None]
 
     def _process(self, reward: jax.Array) -> MDP:
         """The agent's dynamics in each context with a reward [C, S, A] or [C, S, 1]."""

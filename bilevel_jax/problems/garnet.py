@@ -16,6 +16,7 @@ from bilevel_jax.problems.random_process import random_successors
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition
+from bilevel_jax.validation import as_float, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Garnet(eqx.Module):
     temperature: jax.Array
     price: jax.Array
     environment: TabularEnvironment
-    horizon: int = eqx.field(static=True)
+    horizon: int = eqx.field(static=True, converter=plain)
 
     def __init__(self, options: GarnetOptions):
         for name in ("states", "actions", "horizon"):
@@ -67,9 +68,9 @@ class Garnet(eqx.Module):
         self.transition = SuccessorTransition(*random_successors(keys[:2], pairs, options.states, options.branching))
         self.base = jax.random.normal(keys[2], pairs)
         self.cost = jax.random.normal(keys[3], pairs)
-        self.discount = jnp.asarray(options.discount, float)
+        self.discount = as_float("discount", options.discount, float)
         self.temperature = ShannonEntropy(options.temperature).temperature
-        self.price = jnp.asarray(options.price, float)
+        self.price = as_float("price", options.price, float)
         self.horizon = options.horizon
         self.environment = TabularEnvironment(self.mdp(jnp.zeros(pairs)))  # checks the discount where it is known
 

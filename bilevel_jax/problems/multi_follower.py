@@ -98,7 +98,7 @@ class MultiFollower(eqx.Module):
         keys = jax.random.split(jax.random.key(options.seed), 6)
         self.transition = SuccessorTransition(*random_successors(keys[:2], pairs, options.states, options.branching))
         common, own = jax.random.normal(keys[2], pairs), jax.random.normal(keys[3], (options.followers, *pairs))
-        self.base = jnp.sqrt(1 - variety) * common + jnp.sqrt(variety) * own
+        self.base = jnp.sqrt(1 - variety) * common[None] + jnp.sqrt(variety) * own
         mass = 1 + jax.random.exponential(keys[4], (options.followers,))
         self.weight = mass / jnp.sum(mass)
         size = (*pairs, options.features)
@@ -114,7 +114,7 @@ class MultiFollower(eqx.Module):
         return x if self.features is None else self.features @ x
 
     def mdp(self, x):
-        return MDP(self.transition, self.base + self.bonus(x), self.discount)
+        return MDP(self.transition, self.base + self.bonus(x)[None], self.discount)
 
     def regularizer(self, x):
         del x
@@ -126,7 +126,9 @@ class MultiFollower(eqx.Module):
 
     def load(self, policy: jax.Array) -> jax.Array:
         """The population's share of steps in each pair under policies [N, S, A]; [S, A], sums to 1."""
-        process = MDP(self.transition, self.base, self.designer_discount)
+        # One discount for each follower says that the first axis is a batch, however many there are.
+        discount = jnp.broadcast_to(self.designer_discount, self.weight.shape)
+        process = MDP(self.transition, self.base, discount)
         return jnp.tensordot(self.weight, occupancy(process, policy, normalized=True), 1)
 
     def panels(self, x, solution) -> tuple[Panel, ...]:

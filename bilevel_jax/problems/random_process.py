@@ -17,4 +17,4 @@ def random_successors(keys: jax.Array, pairs: tuple[int, ...], states: int, bran
     order = jnp.argsort(jax.random.uniform(keys[0], (*pairs, states)), -1)
     weight = jax.random.exponential(keys[1], (branching, *pairs)) + 1e-3
     successor = jnp.moveaxis(order[..., :branching], -1, 0).astype(jnp.int32)
-    return successor, weight / jnp.sum(weight, 0)
+    return successor, weight / jnp.sum(weight, 0, keepdims=True)

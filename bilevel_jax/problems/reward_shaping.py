@@ -21,7 +21,7 @@ from bilevel_jax.problems.panels import Curves, grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition, Transition
-from bilevel_jax.validation import as_float, require_at_least, require_finite, require_fraction
+from bilevel_jax.validation import as_float, plain, require_at_least, require_finite, require_fraction
 
 MOST = 10_000  # states
 ROWS = (
@@ -89,7 +89,7 @@ class RewardShaping(eqx.Module):
     temperature: jax.Array
     scale: jax.Array
     price: jax.Array
-    horizon: int = eqx.field(static=True)
+    horizon: int = eqx.field(static=True, converter=plain)
     by_pair: bool = eqx.field(static=True)
     rows: tuple[str, ...] | None = eqx.field(static=True)  # None: a chain
 

@@ -108,7 +108,7 @@ class Stackelberg(eqx.Module):
         mixture = jax.nn.softmax(x).T[..., None]  # [L, S, 1]
         pairs = reward.shape[1:]
         transition = SuccessorTransition(
-            self.successor.reshape(-1, *pairs), (mixture * self.probability).reshape(-1, *pairs)
+            self.successor.reshape(-1, *pairs), (mixture[None] * self.probability).reshape(-1, *pairs)
         )
         return MDP(transition, jnp.sum(mixture * reward, 0), discount)
 

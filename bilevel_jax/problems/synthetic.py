@@ -13,6 +13,7 @@ from bilevel_jax.problems.options import require_seed
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
+from bilevel_jax.validation import as_float
 
 MOST = 10_000  # the dense transition alone has states^2 * actions entries
 
@@ -82,7 +83,7 @@ def synthetic(options: SyntheticOptions) -> Synthetic:
         transition=transition,
         coefficient=coefficient,
         matrix=matrix,
-        discount=jnp.asarray(options.discount, float),
+        discount=as_float("discount", options.discount, float),
         temperature=ShannonEntropy(options.temperature).temperature,
     )
     problem.mdp(jnp.zeros(options.dimension))  # checks the discount where it is known

@@ -24,7 +24,7 @@ from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import KLDivergence, ShannonEntropy
 from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import as_float, require_at_least, require_finite
+from bilevel_jax.validation import as_float, plain, require_at_least, require_finite
 
 MOST = 10_000  # states, actions or features
 MOST_SEGMENTS = 16_384  # the exact objective compares each with each
@@ -93,7 +93,7 @@ class TabularRLHF(eqx.Module):
     features: jax.Array | None  # [S, A, F]
     teacher: Teacher
     ridge: jax.Array
-    horizon: int = eqx.field(static=True)
+    horizon: int = eqx.field(static=True, converter=plain)
     starts: int = eqx.field(static=True)
     sampled: bool = eqx.field(static=True)
 
@@ -103,7 +103,7 @@ class TabularRLHF(eqx.Module):
         keys = jax.random.split(jax.random.key(options.seed), 5)
         order = jnp.argsort(jax.random.uniform(keys[0], (options.states, *shape)), 0)
         mass = jax.random.exponential(keys[1], (options.branching, *shape))
-        self.transition = SuccessorTransition(order[: options.branching], mass / jnp.sum(mass, 0))
+        self.transition = SuccessorTransition(order[: options.branching], mass / jnp.sum(mass, 0, keepdims=True))
         size = (*shape, options.features)
         self.features = jax.random.normal(keys[2], size) / options.features**0.5 if options.features else None
         weights = jax.random.normal(keys[3], size[2:] if options.features else shape)

@@ -23,6 +23,7 @@ from bilevel_jax.mdp import MDP
 from bilevel_jax.problems.options import as_fraction, as_number, as_positive, require_size
 from bilevel_jax.problems.panels import Curves, Panel
 from bilevel_jax.problems.registry import register
+from bilevel_jax.promotion import with_rank
 from bilevel_jax.regularizers import ShannonEntropy
 from bilevel_jax.transitions import DenseTransition
 from bilevel_jax.validation import as_float, require_distribution, require_positive
@@ -145,7 +146,7 @@ class TaxDesign(eqx.Module):
         return rates[0], rates[1:]
 
     def mdp(self, x):
-        reward = self.utility(x)[:, None] + _asset_utility(self.assets, self.asset_utility)[:, None]
+        reward = self.utility(x)[:, None] + _asset_utility(self.assets, self.asset_utility)[None, :, None]
         return self._process(x, reward)
 
     def regularizer(self, x):
@@ -160,9 +161,9 @@ class TaxDesign(eqx.Module):
     def utility(self, x: jax.Array) -> jax.Array:
         """Of each action to each type, without that of assets, [C, A]."""
         # As two factors: at no spending, the derivative of one power would be infinite times 0.
-        spent = jnp.prod(self.spending ** self.preference[:, None], -1)
-        taxed = jnp.prod((1 + self.rates(x)[1]) ** -self.preference, -1)
-        return spent * taxed[:, None] - self.work_disutility * self.hours**2
+        spent = jnp.prod(self.spending[None] ** self.preference[:, None], -1)
+        taxed = jnp.prod((1 + self.rates(x)[1])[None] ** -self.preference, -1)
+        return spent * taxed[:, None] - self.work_disutility * self.hours[None] ** 2
 
     def welfare(self, x: jax.Array) -> jax.Array:
         """What the government counts of each action, [A].
@@ -171,7 +172,7 @@ class TaxDesign(eqx.Module):
         revenue_weight times log(1 + tax revenue).
         """
         income, added = self.rates(x)
-        quantity = self.spending / (1 + added)
+        quantity = self.spending / (1 + added)[None]
         revenue = quantity @ added + income * self.wage * self.hours
         return self.consumption_weight * jnp.mean(quantity, -1) / SPENDING + self.revenue_weight * jnp.log1p(revenue)
 
@@ -207,7 +208,7 @@ class TaxDesign(eqx.Module):
 
     def _process(self, x: jax.Array, reward: jax.Array) -> MDP:
         """The economy with a reward that broadcasts to [C, S, A]."""
-        transition = DenseTransition(self._cells(self.assets[:, None] + self.saving(x), self.noise))
+        transition = DenseTransition(self._cells(self.assets[:, None] + self.saving(x)[None], self.noise))
         initial = self._cells(jnp.zeros_like(self.noise), INITIAL_SPREAD)
         shape = (*self.share.shape, *transition.shape)
         return MDP(transition, jnp.broadcast_to(reward, shape), self.discount, initial)
@@ -215,7 +216,7 @@ class TaxDesign(eqx.Module):
     def _cells(self, mean: jax.Array, deviation: jax.Array | float) -> jax.Array:
         """Probabilities of the grid's cells [..., S] under a normal distribution; the outermost have its tails."""
         borders = (self.assets[1:] + self.assets[:-1]) / 2
-        below = ndtr((borders - mean[..., None]) / deviation)
+        below = ndtr((with_rank(borders, mean.ndim + 1) - mean[..., None]) / deviation)
         return jnp.maximum(jnp.diff(below, prepend=0.0, append=1.0), 0)  # rounding may leave -1e-17
 
 
@@ -279,7 +280,7 @@ def _households(rows: Any) -> tuple[jax.Array, jax.Array]:
             f"{[len(row) for row in rows]}"
         )
     table = as_float("households", rows, float)
-    require_distribution("households (shares)", table[:, 0], 0, "divide them by their sum")
+    require_distribution("households (shares)", table[:, 0], -1, "divide them by their sum")
     require_positive("households (preferences)", table[:, 1:], "leave out a good that nobody wants")
     return table[:, 0], table[:, 1:]
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from bilevel_jax.reductions import matmul
 from bilevel_jax.solvers.loop import Stepper
-from bilevel_jax.validation import require_setting
+from bilevel_jax.validation import plain, require_setting
 
 # One sweep in so many may be a trial that failed: value iteration would need at least the others.
 WASTED_PARTS = 6
@@ -56,7 +56,7 @@ class AndersonIteration(Stepper):
 
     tolerance: Any = None
     max_steps: Any = 100_000
-    history: int = eqx.field(default=5, static=True)
+    history: int = eqx.field(default=5, static=True, converter=plain)
 
     def __check_init__(self):
         require_setting("history", self.history, 1, "3 to 8 is usual", whole=True)
@@ -125,6 +125,6 @@ def _solve_small(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
 
     def eliminate(i, rows):
         pivot = rows[i] / rows[i, i]
-        return (rows - rows[:, i, None] * pivot).at[i].set(pivot)
+        return (rows - rows[:, i, None] * pivot[None]).at[i].set(pivot)
 
     return lax.fori_loop(0, len(rhs), eliminate, rows)[:, -1]

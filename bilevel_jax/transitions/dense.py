@@ -75,7 +75,11 @@ class DenseTransition(Transition):
 
     def validate(self):
         require_distribution(
-            "transition", self.probability, -1, "divide each row by its sum: P / P.sum(-1, keepdims=True)"
+            "transition",
+            self.probability,
+            -1,
+            "divide each row by its sum: P / P.sum(-1, keepdims=True)",
+            "[state, action, next state]",
         )
 
     # Both products are flat, [S A, S] with a vector: under vmap with a shared kernel XLA then sees one

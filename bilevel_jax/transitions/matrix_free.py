@@ -11,7 +11,7 @@ from jax import lax
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.transitions.protocol import PolicyOperator, Transition
-from bilevel_jax.validation import is_known
+from bilevel_jax.validation import as_array, as_size, is_known
 
 # Columns of a matrix that are made at a time.
 COLUMNS = 64
@@ -68,8 +68,10 @@ class MatrixFreeTransition(Transition):
                 f"function: {type(function).__name__} cannot be hashed; give a plain function, its arrays as parameters"
             ) from None
         self.function = function
-        self.parameters = jax.tree.map(jnp.asarray, parameters)
-        self.num_states, self.num_actions = int(num_states), int(num_actions)
+        self.parameters = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: as_array(f"parameters{jax.tree_util.keystr(path)}", leaf), parameters
+        )
+        self.num_states, self.num_actions = as_size("num_states", num_states), as_size("num_actions", num_actions)
         made = jax.eval_shape(function, self.parameters, self._values())
         if getattr(made, "shape", None) != self.shape or not jnp.issubdtype(made.dtype, jnp.floating):
             raise InputError(

@@ -131,7 +131,7 @@ class Transition(eqx.Module):
 
     def select(self, action: jax.Array, weight: jax.Array) -> StateOperator:
         """M[s, s'] = weight[s] P[s, action[s], s'] for action int[S] and weight[S]: `under` a deterministic policy."""
-        chosen = jnp.arange(self.shape[-1], dtype=action.dtype) == action[:, None]
+        chosen = jnp.arange(self.shape[-1], dtype=action.dtype)[None] == action[:, None]
         return self.under(jnp.where(chosen, weight[:, None], 0))
 
 

@@ -112,7 +112,8 @@ class StencilTransition(Transition):
 
     def validate(self):
         name = "transition.probability"
-        require_distribution(name, self.probability, -3, "divide by the sum over the slots: p / p.sum(-3)")
+        remedy, order = "divide by the sum over the slots: p / p.sum(-3)", "[slot, state, action]"
+        require_distribution(name, self.probability, -3, remedy, order)
         if not is_known(self.probability):
             return
         inside, known = self._inside(), np.asarray(self.probability)

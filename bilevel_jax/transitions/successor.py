@@ -10,7 +10,7 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.indexing import gather, scatter_add
 from bilevel_jax.reductions import map_slots, sum_last, sum_slots
 from bilevel_jax.transitions.protocol import StateOperator, Transition
-from bilevel_jax.validation import as_array, as_float, require_distribution, require_index
+from bilevel_jax.validation import as_float, as_integer, require_distribution, require_index
 
 if TYPE_CHECKING:
     from bilevel_jax.transitions.predecessor import PredecessorLists
@@ -26,11 +26,11 @@ class SuccessorOperator(StateOperator):
         return sum_last(_expect(self.successor, self.weight, values))
 
     def apply_transpose(self, masses):
-        return scatter_add(self.weight * masses[:, None], self.successor, masses.shape[0])
+        return scatter_add(self.weight * masses[None, :, None], self.successor, masses.shape[0])
 
     def matrix(self):
         size = self.weight.shape[1]
-        rows = jnp.broadcast_to(jnp.arange(size)[:, None], self.weight.shape)
+        rows = jnp.broadcast_to(jnp.arange(size)[None, :, None], self.weight.shape)
         return jnp.zeros((size, size), self.weight.dtype).at[rows, self.successor].add(self.weight)
 
     def diagonal(self):
@@ -58,9 +58,7 @@ class SuccessorTransition(Transition):
     def __init__(self, successor: Any, probability: Any):
         self.predecessors = None
         self.probability = as_float("transition.probability", probability)
-        index = as_array("transition.successor", successor)
-        if not jnp.issubdtype(index.dtype, jnp.integer):
-            raise InputError(f"transition.successor: expected integers, got {index.dtype}; use int32 state indices")
+        self.successor = index = as_integer("transition.successor", successor, "use int32 state indices, 0 to S - 1")
         if index.shape != self.probability.shape or index.ndim < 3:
             raise InputError(
                 f"transition: successor and probability must both have shape [K, S, A] (batch axes first), got "
@@ -68,9 +66,8 @@ class SuccessorTransition(Transition):
             )
         if index.shape[-3] == 0:
             raise InputError("transition: the slot axis K has length 0; every pair needs a successor")
+        self.validate()  # first: numbers in another order are out of range, too
         require_index("transition.successor", index, self.probability.shape[-2])
-        self.successor = index.astype(jnp.int32)
-        self.validate()
 
     @property
     def shape(self):
@@ -95,7 +92,11 @@ class SuccessorTransition(Transition):
 
     def validate(self):
         require_distribution(
-            "transition.probability", self.probability, -3, "divide by the sum over the slots: p / p.sum(-3)"
+            "transition.probability",
+            self.probability,
+            -3,
+            "divide by the sum over the slots: p / p.sum(-3)",
+            "[slot, state, action]",
         )
 
     def expect(self, values):
@@ -104,10 +105,10 @@ class SuccessorTransition(Transition):
     def push(self, masses):
         # Predecessor lists serve folded operators only: a gather of each entry's flow, from an array K times
         # as long as the states', was 4 times slower than this at S = 10^6.
-        return scatter_add(self.probability * masses, self.successor, masses.shape[0])
+        return scatter_add(self.probability * masses[None], self.successor, masses.shape[0])
 
     def under(self, weights):
-        operator = SuccessorOperator(self.successor, self.probability * weights)
+        operator = SuccessorOperator(self.successor, self.probability * weights[None])
         return operator if self.predecessors is None else self.predecessors.fold(operator)
 
     def with_predecessors(self) -> "SuccessorTransition":
@@ -139,7 +140,7 @@ class SuccessorTransition(Transition):
             map_slots(lambda slot: gather(slot.reshape(-1), pair), array)[..., None]
             for array in (self.successor, self.probability)
         ]
-        return SuccessorOperator(rows[0], rows[1] * weight[:, None])
+        return SuccessorOperator(rows[0], rows[1] * weight[None, :, None])
 
 
 def _expect(successor: jax.Array, weight: jax.Array, values: jax.Array) -> jax.Array:

@@ -198,7 +198,7 @@ def _sampled(algorithm, states, samples):
         for_groups, for_loss = jax.random.split(jax.random.key(0))
         groups = sample_groups(for_groups, problem, algorithm.policy(state), samples)
         costs = paid(for_loss, problem, state.x, groups)
-        value = jnp.sum(costs.factors * costs.each) / samples
+        value = jnp.sum(costs.factors[None] * costs.each) / samples
         return value, jnp.full_like(value, jnp.nan)
 
     return jax.lax.map(one, states)

@@ -51,8 +51,8 @@ def fit(features: jax.Array, label: jax.Array, ridge: Any, start: jax.Array) -> 
         spread = chance * (1 - chance)
         step = -_solve((features * spread[:, None]).T @ features + ridge * jnp.eye(x.size, dtype=x.dtype), slope)
         length = jnp.max(jnp.abs(step))
-        gains = gain + sizes[:, None] * (features @ step)
-        prices = ridge * jnp.sum((x + sizes[:, None] * step) ** 2, -1) / 2
+        gains = gain[None] + sizes[:, None] * (features @ step)[None]
+        prices = ridge * jnp.sum((x[None] + sizes[:, None] * step[None]) ** 2, -1) / 2
         losses = prices - jnp.sum(log_likelihood(gains, jnp.zeros_like(gains), label), -1)
         # The largest of the best: near the minimum they differ by rounding only.
         best = jnp.argmax(losses <= jnp.min(losses) * (1 + 64 * eps))

@@ -11,6 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bilevel_jax.bellman import action_values, check_compatible, read_policy
+from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer, Unregularized
@@ -197,7 +198,7 @@ def _split(tree: Any, time_axes: int) -> tuple[Any, Any]:
     return eqx.partition(tree, moving if time_axes else False)
 
 
-@functools.partial(jax.jit, static_argnames=("horizon", "time_axes"))
+@functools.partial(jit, static_argnames=("horizon", "time_axes"))
 def _solve(mdp, regularizer, terminal, *, horizon, time_axes):
     return _solve_one(mdp, regularizer, terminal, horizon=horizon, time_axes=time_axes)
 
@@ -228,7 +229,7 @@ def _solve_one(mdp, regularizer, terminal, *, horizon, time_axes):
     return FiniteHorizonSolution(value, q, policy, result, bound)
 
 
-@functools.partial(jax.jit, static_argnames="time_axes")
+@functools.partial(jit, static_argnames="time_axes")
 def _occupancy(mdp, regularizer, policy, *, time_axes):
     return _occupancy_one(mdp, regularizer, policy, time_axes=time_axes)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve, residual_of
 from bilevel_jax.bellman import check_compatible, discounted_operator
+from bilevel_jax.captures import jit
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.regularizers import Regularizer, Unregularized
 from bilevel_jax.transitions import PolicyOperator, StateOperator
@@ -45,7 +46,7 @@ def occupancy(
     return visits / jnp.sum(visits, (-2, -1), keepdims=True) if normalized else visits
 
 
-@jax.jit
+@jit
 @over_batch
 def _occupancy(mdp, regularizer, policy, *, adjoint):
     del regularizer
@@ -78,7 +79,7 @@ def stationary_distribution(mdp: MDP, policy: jax.Array, *, adjoint: LinearSolve
     return _stationary(*_checked(mdp, policy, adjoint), adjoint=adjoint)
 
 
-@jax.jit
+@jit
 @over_batch
 def _stationary(mdp, regularizer, policy, *, adjoint):
     del regularizer
@@ -103,7 +104,7 @@ def regularized_policy_value(
     return _regularized_value(mdp, regularizer, policy, adjoint=adjoint)
 
 
-@jax.jit
+@jit
 @over_batch
 def _regularized_value(mdp, regularizer, policy, *, adjoint):
     solver = default_linear_solver(mdp.num_states) if adjoint is None else adjoint

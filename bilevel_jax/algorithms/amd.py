@@ -9,9 +9,10 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import backup
+from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient import Problem, lower_level, require_problem
 from bilevel_jax.mdp import over_batch
@@ -91,7 +92,7 @@ def amd(problem: Problem, optimizer: optax.GradientTransformation | UpperLevel, 
     return AMD(problem, optimizer, sweeps)
 
 
-@jax.jit
+@jit
 def _init(algorithm, x):
     start = jnp.asarray(0, jnp.int32)
     mdp, _ = lower_level(algorithm.problem, x)
@@ -101,7 +102,7 @@ def _init(algorithm, x):
     return AMDState(x, value, slopes, algorithm.upper.optimizer.init(x), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, state):
     problem = at_iteration(algorithm, state.iteration).problem
     flat, unravel = ravel_pytree(state.x)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
+from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient import (
     Implicit,
     Method,
@@ -90,7 +91,7 @@ def implicit(
     return ImplicitDescent(problem, optimizer, Implicit() if method is None else method, search)
 
 
-@jax.jit
+@jit
 def _init(algorithm, x):
     mdp, _ = lower_level(algorithm.problem, x)
     shapes = jax.eval_shape(lambda x: hypergradient(algorithm.problem, x, method=algorithm.method).adjoint, x)
@@ -102,7 +103,7 @@ def _init(algorithm, x):
     return ImplicitDescentState(x, value, adjoint, algorithm.upper.optimizer.init(x), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, state):
     problem = at_iteration(algorithm, state.iteration).problem
     made = hypergradient(

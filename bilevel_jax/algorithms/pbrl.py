@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import action_values
+from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient import Problem, lower_level, require_problem
 from bilevel_jax.mdp import MDP, over_batch
@@ -144,7 +145,7 @@ def pbrl(
     return PBRL(problem, optimizer, weight, rate, lower, penalty, steps)
 
 
-@jax.jit
+@jit
 def _init(algorithm, x):
     start = jnp.asarray(0, jnp.int32)
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)  # as `step` returns it
@@ -153,7 +154,7 @@ def _init(algorithm, x):
     return PBRLState(x, inner, inner.q, algorithm.upper.optimizer.init(x), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, state):
     problem = at_iteration(algorithm, state.iteration).problem
     mdp, regularizer = lower_level(problem, state.x)

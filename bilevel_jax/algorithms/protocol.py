@@ -1,5 +1,6 @@
 """What every algorithm is, and what those that know the model report."""
 
+import functools
 from typing import Any, Protocol
 
 import equinox as eqx
@@ -7,8 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.adjoint import LinearStats
+from bilevel_jax.captures import jit
 from bilevel_jax.results import Outcome, finite_outcome
 from bilevel_jax.solvers import SolveStats
+
+# Of an algorithm's step(algorithm, ..., state): of the state, only x may hold functions.
+jit_step = functools.partial(jit, watched=lambda algorithm, *rest: (algorithm, rest[-1].x))
 
 
 class Algorithm(Protocol):

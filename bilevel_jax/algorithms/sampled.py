@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_jax.agents import Agent
+from bilevel_jax.algorithms.protocol import jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
+from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.functions import ActionFunction
@@ -107,7 +109,7 @@ class SampledAlgorithm(eqx.Module):
         """Steps of the simulator that one iteration takes."""
 
 
-@jax.jit
+@jit
 def _init(algorithm, key, x):
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), algorithm.upper.project(x))
     start = jnp.asarray(0, jnp.int32)
@@ -116,7 +118,7 @@ def _init(algorithm, key, x):
     return SampledState(x, agent, algorithm.init_memory(x), algorithm.upper.optimizer.init(x), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, key, state):
     for_agent, for_estimate = jax.random.split(key)
     algorithm = at_iteration(algorithm, state.iteration)

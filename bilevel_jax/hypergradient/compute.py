@@ -1,9 +1,11 @@
 """`hypergradient`: value and gradient of the upper level, by any method."""
 
+import functools
 from typing import Any
 
 import jax
 
+from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient.implicit import Implicit
 from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
@@ -46,7 +48,7 @@ def hypergradient(
     return _hypergradient(problem, as_upper_variable(x), method, with_error=with_error, **starts)
 
 
-@jax.jit(static_argnames="with_error")
+@functools.partial(jit, static_argnames="with_error")
 def _hypergradient(problem, x, method, initial_value=None, initial_adjoint=None, *, with_error):
     method = Implicit() if method is None else method
     return method.estimate(problem, x, initial_value, initial_adjoint, with_error)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax.bellman import check_compatible
+from bilevel_jax.captures import as_run_by_jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import as_pytree
 from bilevel_jax.mdp import MDP
@@ -91,6 +92,7 @@ def require_problem(problem: Any) -> None:
         )
 
 
+@as_run_by_jit
 def lower_level(problem: Problem, x: Any) -> tuple[MDP, Regularizer]:
     """The MDP and the regularizer at x, checked. Outside jit the values are checked too.
 

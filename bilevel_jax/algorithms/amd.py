@@ -99,7 +99,7 @@ def _init(algorithm, x):
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)  # as `step` returns it
     value = jnp.zeros_like(mdp.reward[..., 0])
     slopes = jnp.zeros((ravel_pytree(x)[0].size, *value.shape), value.dtype)
-    return AMDState(x, value, slopes, algorithm.upper.optimizer.init(x), start)
+    return AMDState(x, value, slopes, algorithm.upper.init(x), start)
 
 
 @jit_step
@@ -127,7 +127,7 @@ def _step(algorithm, state):
     objective, (direct, of_value) = jax.value_and_grad(paid, (0, 1))(state.x, solution.value)
     answered = slopes.reshape(flat.size, -1) @ of_value.reshape(-1)
     gradient = jax.tree.map(jnp.add, direct, unravel(answered.astype(flat.dtype)))
-    x, optimizer_state, stationarity = algorithm.upper.update(gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(gradient, state.optimizer_state, state.x, objective)
     info = ModelInfo(
         objective, gradient, optax.tree.norm(gradient), stationarity, solution.result, stats, adjoint_stats=None
     )

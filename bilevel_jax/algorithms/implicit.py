@@ -91,6 +91,11 @@ def implicit(
     return ImplicitDescent(problem, optimizer, Implicit() if method is None else method, search)
 
 
+def _any_value(x: Any) -> jax.Array:
+    """Of the types of phi."""
+    return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(x)), start=jnp.zeros(()))
+
+
 @jit
 def _init(algorithm, x):
     mdp, _ = lower_level(algorithm.problem, x)
@@ -100,7 +105,7 @@ def _init(algorithm, x):
     # As `step` returns it: of another type it would compile twice.
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)
     value = jnp.zeros_like(mdp.reward[..., 0])
-    return ImplicitDescentState(x, value, adjoint, algorithm.upper.optimizer.init(x), start)
+    return ImplicitDescentState(x, value, adjoint, algorithm.upper.init(x, _any_value), start)
 
 
 @jit_step
@@ -120,7 +125,7 @@ def _step(algorithm, state):
         return problem.objective(x, solve(*lower_level(problem, x), solver=algorithm.search, initial_value=value))
 
     x, optimizer_state, stationarity = algorithm.upper.update(
-        made.gradient, state.optimizer_state, state.x, value=made.value, grad=made.gradient, value_fn=phi
+        made.gradient, state.optimizer_state, state.x, made.value, phi
     )
     info = ModelInfo(
         made.value,

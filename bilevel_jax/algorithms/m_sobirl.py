@@ -130,7 +130,7 @@ def _init(algorithm, x, value=None, policy=None, adjoint=None):
     if policy is not None:
         solution = eqx.tree_at(lambda s: s.policy, solution, policy)
     w = jnp.zeros_like(solution.value) if adjoint is None else adjoint
-    return MSoBiRLState(x, solution, w, algorithm.upper.optimizer.init(x), start)
+    return MSoBiRLState(x, solution, w, algorithm.upper.init(x), start)
 
 
 @jit_step
@@ -144,7 +144,9 @@ def _step(algorithm, state):
         return Solution(value, q, policy, solution.result, solution.stats)
 
     estimate = implicit_gradient(problem, state.x, solution, algorithm.adjoint, state.adjoint, read)
-    x, optimizer_state, stationarity = algorithm.upper.update(estimate.gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(
+        estimate.gradient, state.optimizer_state, state.x, estimate.value
+    )
     following = at_iteration(algorithm, state.iteration + 1).problem
     improved = solve(*lower_level(following, x), solver=algorithm.lower, initial_value=solution.value)
     info = ModelInfo(

@@ -151,7 +151,7 @@ def _init(algorithm, x):
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)  # as `step` returns it
     problem = at_iteration(algorithm, start).problem
     inner = solve(*lower_level(problem, x), solver=algorithm.lower)
-    return PBRLState(x, inner, inner.q, algorithm.upper.optimizer.init(x), start)
+    return PBRLState(x, inner, inner.q, algorithm.upper.init(x), start)
 
 
 @jit_step
@@ -182,7 +182,9 @@ def _step(algorithm, state):
     dual, _ = lax.scan(descend, state.dual, length=algorithm.steps)
     policy = over_batch(_policy)(mdp, regularizer, dual)
     gradient, (objective, penalty) = jax.grad(total, has_aux=True)(state.x, policy)
-    x, optimizer_state, stationarity = algorithm.upper.update(gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(
+        gradient, state.optimizer_state, state.x, objective + weight * penalty
+    )
     info = PBRLInfo(
         objective,
         gradient,

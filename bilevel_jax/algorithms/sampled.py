@@ -115,7 +115,7 @@ def _init(algorithm, key, x):
     start = jnp.asarray(0, jnp.int32)
     algorithm = at_iteration(algorithm, start)
     agent = algorithm.init_agent(key, x)
-    return SampledState(x, agent, algorithm.init_memory(x), algorithm.upper.optimizer.init(x), start)
+    return SampledState(x, agent, algorithm.init_memory(x), algorithm.upper.init(x), start)
 
 
 @jit_step
@@ -126,7 +126,7 @@ def _step(algorithm, key, state):
         lambda s: s.agent, state, algorithm.improve_agent(for_agent, state), is_leaf=lambda leaf: leaf is None
     )
     made = algorithm.estimate(for_estimate, state)
-    x, optimizer_state, stationarity = algorithm.upper.update(made.gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(made.gradient, state.optimizer_state, state.x, made.value)
     norm = optax.tree.norm(made.gradient)
     # An estimate may miss that x is not finite: not every state is visited.
     finite = jnp.isfinite(norm) & jnp.isfinite(made.value) & jnp.isfinite(optax.tree.norm(state.x))

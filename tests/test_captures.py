@@ -9,12 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import bilevel_jax as bj
 from bilevel_jax.captures import jit
-from bilevel_jax.captures.watch import Watch
 
 RATE, TABLE, LARGE = 1.0, np.arange(3.0), np.zeros((100, 100))
 CONFIG = types.ModuleType("config")
@@ -103,9 +101,9 @@ def importing(x):
 
 
 def importing_a_name(x):
-    from test_captures import RATE as rate
+    from test_captures import RATE
 
-    return x * rate
+    return x * RATE
 
 
 def nested_function(x):

@@ -12,13 +12,9 @@ from test_upper_level import ALGORITHMS, KEY
 import bilevel_jax as bj
 from bilevel_jax.algorithms import UpperLevel, implicit, m_sobirl
 
-OPTIMIZERS = {
-    name: getattr(optax, name)(0.1)
-    for name in (
-        "adabelief adadelta adafactor adagrad adam adamax adamw adan amsgrad fromage lamb lars lion nadam "
-        "novograd optimistic_gradient_descent radam rmsprop rprop sgd sign_sgd sm3 yogi"
-    ).split()
-} | {
+NAMES = """adabelief adadelta adafactor adagrad adam adamax adamw adan amsgrad fromage lamb lars lion nadam novograd
+optimistic_gradient_descent radam rmsprop rprop sgd sign_sgd sm3 yogi"""
+OPTIMIZERS = {name: getattr(optax, name)(0.1) for name in NAMES.split()} | {
     "noisy_sgd": optax.noisy_sgd(0.1, key=jax.random.key(0)),
     "polyak_sgd": optax.polyak_sgd(1.0),
     "lbfgs": optax.lbfgs(),
@@ -74,7 +70,7 @@ def test_states_keep_their_types_in_every_algorithm(name, optimizer):
     problem, x = garnet(), jnp.zeros((5, 2))
     algorithm = ALGORITHMS[name](problem, UpperLevel(OPTIMIZERS[optimizer]))
     state = jax.eval_shape(lambda key: algorithm.init(key, x), KEY)
-    after, info = jax.eval_shape(algorithm.step, KEY, state)
+    after, _ = jax.eval_shape(algorithm.step, KEY, state)
     assert types(state) == types(after)
 
 

@@ -5,7 +5,6 @@ from typing import Any, Protocol
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from bilevel_jax.adjoint import LinearStats
 from bilevel_jax.captures import jit
@@ -49,5 +48,4 @@ class ModelInfo(eqx.Module):
         lower = Outcome("lower level", self.lower_result, self.lower_stats.error_bound)
         adjoint = self.adjoint_stats
         solved = (lower,) if adjoint is None else (lower, Outcome("adjoint", adjoint.result, adjoint.error_bound))
-        unknown = jnp.full_like(self.objective, jnp.nan)
-        return (*solved, finite_outcome(self.objective, self.gradient_norm, unknown))
+        return (*solved, finite_outcome(self.objective, self.gradient_norm))

@@ -52,7 +52,7 @@ class SampledInfo(eqx.Module):
     result: jax.Array
 
     def outcomes(self) -> tuple[Outcome, ...]:
-        return (Outcome("hyper-gradient estimate", self.result, jnp.full_like(self.objective, jnp.nan)),)
+        return (Outcome("hyper-gradient estimate", self.result, None),)
 
 
 class SampledEstimate(eqx.Module):

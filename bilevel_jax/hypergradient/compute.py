@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient.implicit import Implicit
@@ -30,8 +31,8 @@ def hypergradient(
         `SimultaneousPerturbation`.
       initial_value, initial_adjoint: warm starts, e.g. `solution.value` and `adjoint` of a call nearby.
         Methods without an adjoint leave the latter aside.
-      with_error: also estimate the gradient's error (static). In a larger jitted program that does not read
-        `error` it costs nothing either way.
+      with_error: also estimate the gradient's error (static); without, `error` is None. In a larger jitted program
+        that does not read `error` it costs nothing either way.
 
     Returns:
       `Hypergradient`. Itself differentiable in x: a jvp of its gradient is a Hessian-vector product.
@@ -45,6 +46,9 @@ def hypergradient(
     require_instance("with_error", with_error, bool)
     starts = {"initial_value": initial_value, "initial_adjoint": initial_adjoint}
     starts = {name: as_float(name, start) for name, start in starts.items() if start is not None}
+    if list(starts) == ["initial_value"]:  # zeros is where an adjoint starts: one program for both warm starts
+        value = starts["initial_value"]
+        starts["initial_adjoint"] = jnp.zeros(value.shape, value.dtype)
     return _hypergradient(problem, as_upper_variable(x), method, with_error=with_error, **starts)
 
 

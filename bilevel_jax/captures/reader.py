@@ -275,10 +275,12 @@ class Reading:
             self._push(wrapped)
             return
         slots = [name for base in cls.__mro__ for name in _slots(base) if hasattr(thing, name)]
-        if holder is None and not slots:
+        own = not is_library_class(cls)
+        if not slots and (holder is None or not (holder or own)):
             self._say(Same(thing))
             return
-        self.attributes.add(thing, "__class__", cls)
+        if own:
+            self.attributes.add(thing, "__class__", cls)
         self._push([cls, *(self.attributes.add(thing, name, getattr(thing, name)) for name in slots)])
         if isinstance(holder, dict):
             self._push((holder,))

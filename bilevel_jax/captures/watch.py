@@ -130,8 +130,14 @@ def tracing() -> Iterator[None]:
                 watch.absorb()
 
 
+@functools.cache
+def _is_plain(kind: type) -> bool:
+    """Whether there is nothing to be looked for. Of the type: an equinox module's isinstance takes long."""
+    return issubclass(kind, jax.Array | np.ndarray | np.generic | bool | int | float | str | type(None))
+
+
 def _watch_of(argument: Any) -> Watch | None:
-    if argument is None or isinstance(argument, jax.Array | np.ndarray | bool | int | float | str):
+    if _is_plain(type(argument)):
         return None
     known = _of_object.get(id(argument))
     if known is not None and known[0]() is argument:
@@ -159,7 +165,8 @@ def _watch_of_structure(structure: Any) -> tuple[Watch | None, bool]:
         if node is None:
             continue
         kind, static = node
-        is_fixed &= kind is tuple or kind is type(None) or issubclass(kind, eqx.Module | jax.tree_util.Partial)
+        empty = kind in (dict, type(None)) and not part.children()  # a Partial has a dict of keywords
+        is_fixed &= empty or issubclass(kind, (tuple, eqx.Module, jax.tree_util.Partial))
         if kind.__module__ != "builtins":
             roots += [static] if is_library_class(kind) else [kind, static]
     watch = Watch(roots)

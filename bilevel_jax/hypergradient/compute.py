@@ -25,7 +25,8 @@ def hypergradient(
     """f(x, pi*(x)) and its gradient in x (Yang, Gao and Yuan 2025, for any regularizer and parameter).
 
     Args:
-      problem: a `Problem`; compiled once for each structure (a new lambda is a new structure).
+      problem: a `Problem`; compiled once for each structure (a new lambda is a new structure), and anew when
+        what its functions read was edited (docs/composition.md).
       x: any pytree of floating-point arrays.
       method: None is `Implicit()`. Others: `Unrolled`, `ExpectedTrajectories`, `FiniteDifferences`,
         `SimultaneousPerturbation`.

@@ -48,8 +48,8 @@ class BilevelProblem(eqx.Module):
       regularizer: a `Regularizer`, or x -> `Regularizer`.
       objective: (x, `Solution`) -> scalar to be minimised.
 
-    Plain functions are static. A function that is a pytree, such as `jax.tree_util.Partial(f, data)`,
-    keeps its data as leaves.
+    Plain functions are static; when what they read was edited, the next call compiles anew (docs/composition.md). A
+    function that is a pytree, such as `jax.tree_util.Partial(f, data)`, keeps its data as leaves.
 
     Raises:
       InputError: an argument that is not callable.

@@ -21,6 +21,7 @@ from bilevel_jax.adjoint import DIRECT_LIMIT, GMRES, Direct, LinearSolver, linea
 from bilevel_jax.adjoint.factorization import is_affordable, solve_if, time_in_products
 from bilevel_jax.batching import one_at_a_time_on_cpu
 from bilevel_jax.bellman import action_values, backup, check_compatible, greedy, read_policy, sizes_of, sup_norm
+from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.occupancy import unichain_operator, unichain_solve
@@ -248,7 +249,7 @@ def solve_average_reward(
     return _solve(mdp, regularizer, initial_bias, solver, adjoint)
 
 
-@jax.jit
+@jit
 def _solve(mdp, regularizer, initial_bias, solver, adjoint):
     solver = RelativePolicyIteration() if solver is None else solver
     mdp = eqx.tree_at(lambda m: m.discount, mdp, jnp.ones_like(mdp.discount))

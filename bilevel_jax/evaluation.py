@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve
 from bilevel_jax.bellman import discounted_operator
+from bilevel_jax.captures import jit
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.validation import as_float, require_instance
 
@@ -28,7 +29,7 @@ def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = Non
     return _policy_value(mdp, _NoRegularizer(), policy, adjoint=adjoint)
 
 
-@jax.jit
+@jit
 @over_batch
 def _policy_value(mdp, regularizer, policy, *, adjoint):
     del regularizer

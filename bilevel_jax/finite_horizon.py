@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from bilevel_jax import rounding
 from bilevel_jax.bellman import action_values, check_compatible, read_policy, sizes_of, sup_norm
+from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer, Unregularized
@@ -194,7 +195,7 @@ def _split(tree: Any, time_axes: int) -> tuple[Any, Any]:
     return eqx.partition(tree, moving if time_axes else False)
 
 
-@functools.partial(jax.jit, static_argnames=("horizon", "time_axes"))
+@functools.partial(jit, static_argnames=("horizon", "time_axes"))
 def _solve(mdp, regularizer, terminal, *, horizon, time_axes):
     return _solve_one(mdp, regularizer, terminal, horizon=horizon, time_axes=time_axes)
 
@@ -244,7 +245,7 @@ def _bounds(mdp, regularizer, value, q, backup, after: Bounds) -> Bounds:
     return Bounds(noise + most * after.error, collected + most * after.implied)
 
 
-@functools.partial(jax.jit, static_argnames="time_axes")
+@functools.partial(jit, static_argnames="time_axes")
 def _occupancy(mdp, regularizer, policy, *, time_axes):
     return _occupancy_one(mdp, regularizer, policy, time_axes=time_axes)
 

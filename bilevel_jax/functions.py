@@ -55,7 +55,7 @@ class Linear(eqx.Module):
     weights: jax.Array
 
     def __init__(self, features: Any, weights: Any):
-        self.features = features if callable(features) else as_float("features", features)
+        self.features = as_pytree("features", features) if callable(features) else as_float("features", features)
         self.weights = as_float("weights", weights)
 
     def __call__(self, observation: Any) -> jax.Array:

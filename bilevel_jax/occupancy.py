@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from bilevel_jax import rounding
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve, residual_of
 from bilevel_jax.bellman import check_compatible, discounted_operator
+from bilevel_jax.captures import jit
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.reductions import matmul
 from bilevel_jax.regularizers import Regularizer, Unregularized
@@ -47,7 +48,7 @@ def occupancy(
     return visits / jnp.sum(visits, (-2, -1), keepdims=True) if normalized else visits
 
 
-@jax.jit
+@jit
 @over_batch
 def _occupancy(mdp, regularizer, policy, *, adjoint):
     del regularizer
@@ -80,7 +81,7 @@ def stationary_distribution(mdp: MDP, policy: jax.Array, *, adjoint: LinearSolve
     return _stationary(*_checked(mdp, policy, adjoint), adjoint=adjoint)
 
 
-@jax.jit
+@jit
 @over_batch
 def _stationary(mdp, regularizer, policy, *, adjoint):
     del regularizer
@@ -105,7 +106,7 @@ def regularized_policy_value(
     return _regularized_value(mdp, regularizer, policy, adjoint=adjoint)
 
 
-@jax.jit
+@jit
 @over_batch
 def _regularized_value(mdp, regularizer, policy, *, adjoint):
     solver = default_linear_solver(mdp.num_states) if adjoint is None else adjoint

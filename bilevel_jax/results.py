@@ -39,14 +39,14 @@ MESSAGES = {
 
 
 class Outcome(NamedTuple):
-    """One reported iteration: `what` it computed, its codes and its proven error bounds."""
+    """One reported iteration: `what` it computed, its codes and its proven error bounds, None where it has none."""
 
     what: str
     result: jax.Array
-    error_bound: jax.Array
+    error_bound: jax.Array | None
 
 
-def finite_outcome(value: jax.Array, gradient: Any, error_bound: jax.Array) -> Outcome:
+def finite_outcome(value: jax.Array, gradient: Any, error_bound: jax.Array | None = None) -> Outcome:
     """Whether an objective (batch axes first) and its gradient, which no iteration looks at, are finite."""
     return Outcome("objective or its gradient", _finite(value, gradient), error_bound)
 
@@ -89,9 +89,9 @@ def check(report: R) -> R:
         failed = codes != Result.CONVERGED
         if failed.any():
             code = Result(int(codes[failed][0]))
-            bound = float(np.max(np.asarray(outcome.error_bound)))
+            bound = outcome.error_bound
+            known = "" if bound is None else f", largest error bound {float(np.max(np.asarray(bound))):.3g}"
             raise ConvergenceError(
-                f"{outcome.what}: {MESSAGES[code]} "
-                f"({int(failed.sum())} of {codes.size} failed, largest error bound {bound:.3g})"
+                f"{outcome.what}: {MESSAGES[code]} ({int(failed.sum())} of {codes.size} failed{known})"
             )
     return report

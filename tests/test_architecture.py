@@ -21,7 +21,7 @@ CORE = sorted(name for name in MODULES if not name.startswith("bilevel_jax.runne
 # Each may import what stands above it, and its own row.
 LAYERS = [
     {"errors", "promotion"},
-    {"results", "validation", "batching", "derivatives", "indexing", "reductions", "rounding", "rounds"},
+    {"results", "validation", "batching", "captures", "derivatives", "indexing", "reductions", "rounding", "rounds"},
     {"transitions", "functions"},
     {"mdp", "interchange"},
     {"regularizers", "environments"},

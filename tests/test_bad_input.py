@@ -41,6 +41,9 @@ def upper(x=None, mdp=lambda x: mdp(reward=R * x), regularizer=ENTROPY, objectiv
     return bj.hypergradient(problem, jnp.ones(()) if x is None else x, **options)
 
 
+PROBLEM = bj.BilevelProblem(lambda x: mdp(), ENTROPY, lambda x, s: s.value[0])
+
+
 class NoPytree:
     """The methods of a problem, and nothing else."""
 
@@ -177,6 +180,23 @@ BAD = {
     "no objective": (lambda: upper(objective=lambda x, s: None), r"objective\(x, solution\): .* got NoneType"),
     "integer x": (lambda: upper(jnp.arange(3)), r"x: expected floating-point numbers, got int64; use x\.astype"),
     "integer leaf of x": (lambda: upper({"a": 1.0, "b": [1]}), r"x\['b'\]\[0\]: expected floating-point"),
+    "a random key in x": (
+        lambda: upper({"a": 1.0, "key": jax.random.key(0)}),
+        r"x\['key'\]: a random key is no number",
+    ),
+    "random keys in x": (lambda: upper(jax.random.split(jax.random.key(0))), r"x: a random key.*field of the problem"),
+    "complex x": (lambda: upper(jnp.ones(3, complex)), r"x: expected real numbers.*real and imaginary parts as two"),
+    "a Python complex in x": (lambda: upper([1.0, 1j]), r"x\[1\]: expected real numbers"),
+    "booleans in x": (lambda: upper(np.ones(3, bool)), r"x: expected floating-point numbers, got bool"),
+    "a function in x": (lambda: upper({"f": jnp.tanh}), r"x\['f'\]: expected an array of numbers.*equinox\.partition"),
+    "a text array in x": (lambda: upper(np.array(["one"])), r"x: expected an array of numbers"),
+    "x None": (lambda: bj.hypergradient(PROBLEM, None), r"x: has no number to be chosen, got None"),
+    "x empty": (lambda: bj.hypergradient(PROBLEM, {}), r"x: has no number to be chosen, got \{\}"),
+    "x of no entries": (lambda: bj.hypergradient(PROBLEM, np.zeros((0, 3))), r"x: has no number to be chosen"),
+    "a key in an algorithm's x": (
+        lambda: bj.algorithms.m_sobirl(PROBLEM, optax.sgd(0.1)).init(None, [jax.random.key(0)]),
+        r"x\[0\]: a random key is no number",
+    ),
     "vector objective": (lambda: upper(objective=lambda x, s: s.value), r"objective.* scalar, got shape \[6\]"),
     "mdp(x) an array": (lambda: upper(mdp=lambda x: P), r"mdp\(x\) must return a bilevel_jax\.MDP, got ndarray"),
     "regularizer(x) a number": (lambda: upper(regularizer=lambda x: 0.1), r"regularizer\(x\) must return.*got float"),

@@ -18,6 +18,7 @@ from helpers import (
 )
 
 import bilevel_jax as bj
+from bilevel_jax.hypergradient import check
 
 PROCESS = random_process(11)
 REGULARIZER = functools.partial(upper_regularizer, kind="kl")
@@ -40,6 +41,16 @@ def test_right_problems_pass(kind, contexts, capsys):
         "objective in x, solution fixed",
         "objective in V, x fixed",
     }
+
+
+def test_a_second_check_and_one_of_another_x_compile_nothing():
+    problem = upper_problem("shannon")
+    programs = [getattr(check, name) for name in ("_along_each", "_along_parts", "_modulus", "_directions")]
+    bj.check_gradient(problem, upper_start(), directions=1, verbose=False)
+    before = [program._cache_size() for program in programs]
+    report = bj.check_gradient(problem, upper_start(2), directions=1, verbose=False)
+    assert report.ok, str(report)
+    assert [program._cache_size() for program in programs] == before
 
 
 def rounded_reward(x):

@@ -11,6 +11,7 @@ from jax import lax
 from bilevel_jax.adjoint.adaptive import AdaptiveKrylov
 from bilevel_jax.adjoint.direct import Direct
 from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, LinearStats, power_of_two, residual_of
+from bilevel_jax.captures import jit
 from bilevel_jax.results import Result
 from bilevel_jax.transitions import PolicyOperator, StateOperator, TransposedOperator
 
@@ -64,7 +65,7 @@ def linear_solve(
     return _linear_solve(solver, operator, modulus, rhs, guess, transpose=transpose, share=share, poison=poison)
 
 
-@functools.partial(jax.jit, static_argnames=("transpose", "share", "poison"))
+@functools.partial(jit, static_argnames=("transpose", "share", "poison"))
 def _linear_solve(solver, operator, modulus, rhs, guess, *, transpose, share, poison):
     solver = jax.tree.map(jnp.asarray, solver)
     if guess is not None:

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.errors import InputError
+from bilevel_jax.functions import as_pytree
 from bilevel_jax.validation import as_float, require_at_least, require_positive
 
 
@@ -65,14 +65,6 @@ def as_schedule(name: str, value: Any) -> Callable:
     constant = as_float(name, value, float)
     require_positive(name, constant, "step sizes are usually in (0, 1]")
     return Polynomial(constant, 1.0, 0.0)
-
-
-def as_pytree(name: str, function: Any) -> Callable:
-    """A plain function as a pytree without leaves; one that has leaves (an equinox Module) as it is."""
-    if not callable(function):
-        raise InputError(f"{name}: expected a function, got {type(function).__name__}; wrap it in a lambda")
-    is_leaf = jax.tree.structure(function) == jax.tree.structure(0)
-    return jax.tree_util.Partial(function) if is_leaf else function
 
 
 def evaluate(schedule: Callable, counts: jax.Array, dtype: Any) -> jax.Array:

@@ -19,8 +19,9 @@ from bilevel_jax.agents.processes import (
     take,
 )
 from bilevel_jax.agents.protocol import Agent
-from bilevel_jax.agents.schedules import ByVisits, as_pytree, as_schedule
+from bilevel_jax.agents.schedules import ByVisits, as_schedule
 from bilevel_jax.agents.values import Learned, values_at
+from bilevel_jax.functions import as_pytree
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.validation import as_float, plain
 

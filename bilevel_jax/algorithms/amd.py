@@ -9,9 +9,10 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import backup
+from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient import Problem, lower_level, require_problem
 from bilevel_jax.mdp import over_batch
 from bilevel_jax.solvers import ValueIteration, read_out, solve
@@ -89,17 +90,17 @@ def amd(problem: Problem, optimizer: optax.GradientTransformation | UpperLevel, 
     return AMD(problem, optimizer, as_size("sweeps", sweeps, "100 is usual"))
 
 
-@jax.jit
+@jit
 def _init(algorithm, x):
     start = jnp.asarray(0, jnp.int32)
     mdp, _ = lower_level(algorithm.problem, x)
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)  # as `step` returns it
     value = jnp.zeros_like(mdp.reward[..., 0])
     slopes = jnp.zeros((ravel_pytree(x)[0].size, *value.shape), value.dtype)
-    return AMDState(x, value, slopes, algorithm.upper.optimizer.init(x), start)
+    return AMDState(x, value, slopes, algorithm.upper.init(x), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, state):
     problem = at_iteration(algorithm, state.iteration).problem
     flat, unravel = ravel_pytree(state.x)
@@ -124,7 +125,7 @@ def _step(algorithm, state):
     objective, (direct, of_value) = jax.value_and_grad(paid, (0, 1))(state.x, solution.value)
     answered = slopes.reshape(flat.size, -1) @ of_value.reshape(-1)
     gradient = jax.tree.map(jnp.add, direct, unravel(answered.astype(flat.dtype)))
-    x, optimizer_state, stationarity = algorithm.upper.update(gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(gradient, state.optimizer_state, state.x, objective)
     info = ModelInfo(
         objective, gradient, optax.tree.norm(gradient), stationarity, solution.result, stats, adjoint_stats=None
     )

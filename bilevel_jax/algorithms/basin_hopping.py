@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import Cooling
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level
@@ -90,7 +90,7 @@ def basin_hopping(algorithm: Any, *, descent: int = 300, spread: Any = 3.0, fres
     return BasinHopping(algorithm, descent, spread, fresh)
 
 
-@jax.jit
+@jit_step
 def _step(hopping, key, state):
     problem = hopping.problem
     for_start, for_heat, for_descent = jax.random.split(key, 3)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
+from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient import (
     Implicit,
     Method,
@@ -90,7 +91,12 @@ def implicit(
     return ImplicitDescent(problem, optimizer, Implicit() if method is None else method, search)
 
 
-@jax.jit
+def _any_value(x: Any) -> jax.Array:
+    """Of the types of phi."""
+    return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(x)), start=jnp.zeros(()))
+
+
+@jit
 def _init(algorithm, x):
     mdp, _ = lower_level(algorithm.problem, x)
     shapes = jax.eval_shape(lambda x: hypergradient(algorithm.problem, x, method=algorithm.method).adjoint, x)
@@ -99,10 +105,10 @@ def _init(algorithm, x):
     # As `step` returns it: of another type it would compile twice.
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)
     value = jnp.zeros_like(mdp.reward[..., 0])
-    return ImplicitDescentState(x, value, adjoint, algorithm.upper.optimizer.init(x), start)
+    return ImplicitDescentState(x, value, adjoint, algorithm.upper.init(x, _any_value), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, state):
     problem = at_iteration(algorithm, state.iteration).problem
     made = hypergradient(
@@ -119,7 +125,7 @@ def _step(algorithm, state):
         return problem.objective(x, solve(*lower_level(problem, x), solver=algorithm.search, initial_value=value))
 
     x, optimizer_state, stationarity = algorithm.upper.update(
-        made.gradient, state.optimizer_state, state.x, value=made.value, grad=made.gradient, value_fn=phi
+        made.gradient, state.optimizer_state, state.x, made.value, phi
     )
     info = ModelInfo(
         made.value,

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_jax.adjoint import Descent, LinearSolver
-from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import greedy
+from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient import Problem, implicit_gradient, lower_level, require_problem
 from bilevel_jax.mdp import over_batch
 from bilevel_jax.results import Result
@@ -114,7 +115,7 @@ def m_sobirl(
     )
 
 
-@jax.jit
+@jit
 def _init(algorithm, x, value=None, policy=None, adjoint=None):
     start = jnp.asarray(0, jnp.int32)
     algorithm = at_iteration(algorithm, start)
@@ -129,10 +130,10 @@ def _init(algorithm, x, value=None, policy=None, adjoint=None):
     if policy is not None:
         solution = eqx.tree_at(lambda s: s.policy, solution, policy)
     w = jnp.zeros_like(solution.value) if adjoint is None else adjoint
-    return MSoBiRLState(x, solution, w, algorithm.upper.optimizer.init(x), start)
+    return MSoBiRLState(x, solution, w, algorithm.upper.init(x), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, state):
     problem, solution = at_iteration(algorithm, state.iteration).problem, state.solution
 
@@ -143,7 +144,9 @@ def _step(algorithm, state):
         return Solution(value, q, policy, solution.result, solution.stats)
 
     estimate = implicit_gradient(problem, state.x, solution, algorithm.adjoint, state.adjoint, read)
-    x, optimizer_state, stationarity = algorithm.upper.update(estimate.gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(
+        estimate.gradient, state.optimizer_state, state.x, estimate.value
+    )
     following = at_iteration(algorithm, state.iteration + 1).problem
     improved = solve(*lower_level(following, x), solver=algorithm.lower, initial_value=solution.value)
     info = ModelInfo(

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from bilevel_jax.algorithms.protocol import ModelInfo
+from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bellman import action_values
+from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient import Problem, lower_level, require_problem
 from bilevel_jax.mdp import MDP, over_batch
@@ -143,16 +144,16 @@ def pbrl(
     return PBRL(problem, optimizer, weight, rate, lower, penalty, steps)
 
 
-@jax.jit
+@jit
 def _init(algorithm, x):
     start = jnp.asarray(0, jnp.int32)
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), x)  # as `step` returns it
     problem = at_iteration(algorithm, start).problem
     inner = solve(*lower_level(problem, x), solver=algorithm.lower)
-    return PBRLState(x, inner, inner.q, algorithm.upper.optimizer.init(x), start)
+    return PBRLState(x, inner, inner.q, algorithm.upper.init(x), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, state):
     problem = at_iteration(algorithm, state.iteration).problem
     mdp, regularizer = lower_level(problem, state.x)
@@ -180,7 +181,9 @@ def _step(algorithm, state):
     dual, _ = lax.scan(descend, state.dual, length=algorithm.steps)
     policy = over_batch(_policy)(mdp, regularizer, dual)
     gradient, (objective, penalty) = jax.grad(total, has_aux=True)(state.x, policy)
-    x, optimizer_state, stationarity = algorithm.upper.update(gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(
+        gradient, state.optimizer_state, state.x, objective + weight * penalty
+    )
     info = PBRLInfo(
         objective,
         gradient,

@@ -1,14 +1,18 @@
 """What every algorithm is, and what those that know the model report."""
 
+import functools
 from typing import Any, Protocol
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 
 from bilevel_jax.adjoint import LinearStats
+from bilevel_jax.captures import jit
 from bilevel_jax.results import Outcome, finite_outcome
 from bilevel_jax.solvers import SolveStats
+
+# Of an algorithm's step(algorithm, ..., state): of the state, only x may hold functions.
+jit_step = functools.partial(jit, watched=lambda algorithm, *rest: (algorithm, rest[-1].x))
 
 
 class Algorithm(Protocol):
@@ -44,5 +48,4 @@ class ModelInfo(eqx.Module):
         lower = Outcome("lower level", self.lower_result, self.lower_stats.error_bound)
         adjoint = self.adjoint_stats
         solved = (lower,) if adjoint is None else (lower, Outcome("adjoint", adjoint.result, adjoint.error_bound))
-        unknown = jnp.full_like(self.objective, jnp.nan)
-        return (*solved, finite_outcome(self.objective, self.gradient_norm, unknown))
+        return (*solved, finite_outcome(self.objective, self.gradient_norm))

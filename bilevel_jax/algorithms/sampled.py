@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from bilevel_jax.agents import Agent
+from bilevel_jax.algorithms.protocol import jit_step
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
+from bilevel_jax.captures import jit
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.functions import ActionFunction
 from bilevel_jax.hypergradient import as_upper_variable
@@ -50,7 +52,7 @@ class SampledInfo(eqx.Module):
     result: jax.Array
 
     def outcomes(self) -> tuple[Outcome, ...]:
-        return (Outcome("hyper-gradient estimate", self.result, jnp.full_like(self.objective, jnp.nan)),)
+        return (Outcome("hyper-gradient estimate", self.result, None),)
 
 
 class SampledEstimate(eqx.Module):
@@ -107,16 +109,16 @@ class SampledAlgorithm(eqx.Module):
         """Steps of the simulator that one iteration takes."""
 
 
-@jax.jit
+@jit
 def _init(algorithm, key, x):
     x = jax.tree.map(lambda leaf: leaf.astype(leaf.dtype), algorithm.upper.project(x))
     start = jnp.asarray(0, jnp.int32)
     algorithm = at_iteration(algorithm, start)
     agent = algorithm.init_agent(key, x)
-    return SampledState(x, agent, algorithm.init_memory(x), algorithm.upper.optimizer.init(x), start)
+    return SampledState(x, agent, algorithm.init_memory(x), algorithm.upper.init(x), start)
 
 
-@jax.jit
+@jit_step
 def _step(algorithm, key, state):
     for_agent, for_estimate = jax.random.split(key)
     algorithm = at_iteration(algorithm, state.iteration)
@@ -124,7 +126,7 @@ def _step(algorithm, key, state):
         lambda s: s.agent, state, algorithm.improve_agent(for_agent, state), is_leaf=lambda leaf: leaf is None
     )
     made = algorithm.estimate(for_estimate, state)
-    x, optimizer_state, stationarity = algorithm.upper.update(made.gradient, state.optimizer_state, state.x)
+    x, optimizer_state, stationarity = algorithm.upper.update(made.gradient, state.optimizer_state, state.x, made.value)
     norm = optax.tree.norm(made.gradient)
     # An estimate may miss that x is not finite: not every state is visited.
     finite = jnp.isfinite(norm) & jnp.isfinite(made.value) & jnp.isfinite(optax.tree.norm(state.x))

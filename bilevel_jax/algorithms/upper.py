@@ -23,8 +23,9 @@ class UpperLevel(eqx.Module):
     """How x moves. Every algorithm takes one in place of a bare optimizer.
 
     Args:
-      optimizer: an optax transformation; for the algorithm `implicit` also one that searches along a line,
-        such as `optax.lbfgs()`. Build it once: a new one is a new structure.
+      optimizer: an optax transformation, also one that asks for `value` or `grad`, such as `optax.polyak_sgd()`;
+        for the algorithm `implicit` also one that searches along a line, such as `optax.lbfgs()`: it asks for
+        `value_fn`, which others refuse in `init`. Build it once: a new one is a new structure.
       projection: x -> the nearest point of a closed convex set, e.g. `optax.projections.projection_simplex`
         or `jax.tree_util.Partial(optax.projections.projection_box, lower=0, upper=1)`: x is projected after
         each update of the optimizer (projected gradient), and at the start. An info's `stationarity`
@@ -71,18 +72,68 @@ class UpperLevel(eqx.Module):
         x = self.project(as_upper_variable(x))
         return x, *lower_level(problem, x)
 
-    def update(self, gradient: Any, optimizer_state: Any, x: Any, **values: Any) -> tuple[Any, Any, jax.Array]:
+    def init(self, x: Any, value_fn: Callable | None = None) -> Any:
+        """The optimizer's state at x, its leaves of the types that `update` keeps.
+
+        Args:
+          value_fn: what `update` will get, of the same types; None where there is none.
+
+        Raises:
+          InputError: the optimizer's update asks for what the algorithm does not have.
+        """
+        with jax.numpy_dtype_promotion("standard"):
+            state = jax.tree.map(_strongly_typed, self.optimizer.init(x))
+        if isinstance(self.optimizer, optax.GradientTransformationExtraArgs):
+            value = jnp.zeros((), jnp.result_type(*jax.tree.leaves(x)) if jax.tree.leaves(x) else float)
+            try:
+                jax.eval_shape(lambda state, x: self.update(x, state, x, value, value_fn), state, x)
+            except TypeError as error:
+                if "required keyword" not in str(error):
+                    raise
+                raise InputError(
+                    f"optimizer: {error}; of such arguments there are `value` and `grad`, and for the algorithm "
+                    f"`implicit` `value_fn`"
+                ) from None
+        return state
+
+    def update(
+        self, gradient: Any, optimizer_state: Any, x: Any, value: jax.Array, value_fn: Callable | None = None
+    ) -> tuple[Any, Any, jax.Array]:
         """(next x, next state of the optimizer, stationarity at x).
 
-        `values`: `value`, `grad` and `value_fn` at x for optimizers that search along a line.
+        Args:
+          value: of the function at x whose gradient, or an estimate of it, is given.
+          value_fn: that function, for optimizers that search along a line; None where it is not known.
+
+        Raises:
+          InputError: the optimizer evaluates the function, which is not known.
         """
         optimizer = optax.with_extra_args_support(self.optimizer)
+        values = {"value": value, "grad": gradient, "value_fn": _no_value if value_fn is None else value_fn}
+        before = optimizer_state
         with usual_promotion():
-            updates, optimizer_state = optimizer.update(gradient, optimizer_state, x, **values)
+            updates, optimizer_state = optimizer.update(gradient, before, x, **values)
+        # Of another type, the next iteration would be another program.
+        optimizer_state = jax.tree.map(_strongly_typed, optimizer_state, before)
         moved = jax.tree.map(lambda leaf, g: leaf - g.astype(leaf.dtype), x, gradient)
         step = jax.tree.map(lambda leaf, to: leaf - to, x, self.project(moved))
         stationarity = optax.tree.norm(gradient if self.projection is None else step)
         return self.project(optax.apply_updates(x, updates)), optimizer_state, stationarity
+
+
+def _no_value(*args: Any, **kwargs: Any) -> Any:
+    del args, kwargs
+    raise InputError(
+        "optimizer: it evaluates the objective at points of its own (value_fn), which this algorithm does not; use "
+        "bilevel_jax.algorithms.implicit, or an optimizer without a line search"
+    )
+
+
+def _strongly_typed(leaf: Any, like: Any = None) -> Any:
+    """A leaf of an optimizer's state as an array that is not weakly typed, of the dtype of another one if given."""
+    leaf = jnp.asarray(leaf)
+    dtype = leaf.dtype if like is None else like.dtype
+    return leaf if jnp.issubdtype(dtype, jax.dtypes.extended) else leaf.astype(dtype)
 
 
 class Cooling(eqx.Module):

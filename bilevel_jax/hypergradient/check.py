@@ -3,21 +3,24 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from bilevel_jax.bellman import backup
+from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient.compute import hypergradient
 from bilevel_jax.hypergradient.implicit import Implicit
-from bilevel_jax.hypergradient.lagrangian import sweep
 from bilevel_jax.hypergradient.perturbation import FOURTH, SIXTH, default_step, require_perturbation
 from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, lower_level, require_problem
 from bilevel_jax.hypergradient.protocol import Hypergradient
+from bilevel_jax.mdp import over_batch
 from bilevel_jax.results import MESSAGES, Result
 from bilevel_jax.solvers import read_out, solve
 from bilevel_jax.validation import require_instance, require_setting
@@ -27,6 +30,8 @@ AGREES = {"float64": 1e-5, "float32": 2e-2}
 # Of their own uncertainty, which two formulas on the same values tell.
 SAFETY = 20
 MOST_SWEEPS = 20_000
+# Where a function is looked at, in steps.
+POINTS = (-3, -2, -1, 1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +136,10 @@ def check_gradient(
     made = hypergradient(problem, x, method=method)
     compare = _Comparer(x, step)
     keys = jax.random.split(jax.random.key(0) if key is None else key, directions)
-    totals, parts = [], []
-    for number, d in enumerate(_directions(keys, x)):
-        totals += _totals(problem, x, made, d, compare, f"direction {number + 1}")
-    along = next(_directions(keys[:1], x))
-    parts += _leaves(problem, x, along, compare)
-    parts += _summands(problem, x, made, along, compare, keys[0])
+    drawn = _directions(keys, x)
+    totals = _totals(problem, x, made, drawn, compare)
+    along = jax.tree.map(lambda leaf: leaf[0], drawn)
+    parts = _parts(problem, x, made, along, keys[0], compare)
     failures = tuple(
         f"{outcome.what}: {MESSAGES[Result(int(code))]}"
         for outcome in made.outcomes()
@@ -149,103 +152,141 @@ def check_gradient(
     return report
 
 
+class _Along(NamedTuple):
+    """A pytree-valued function along a direction: its own derivative, and its values at six points, [6, ...]."""
+
+    derivative: Any
+    values: Any
+    size: jax.Array
+
+
+def _along(function: Callable, point: Any, direction: Any, step: jax.Array) -> _Along:
+    """At the points `point` + k step size direction, k = -3, -2, -1, 1, 2, 3; `size` is about that of an entry."""
+    count = max(1, sum(leaf.size for leaf in jax.tree.leaves(point)))
+    size = jnp.maximum(1, optax.tree.norm(point).astype(step.dtype) / math.sqrt(count))
+
+    def at(k):
+        far = k * step * size
+        return function(jax.tree.map(lambda leaf, d: leaf + far.astype(leaf.dtype) * d, point, direction))
+
+    values = lax.map(at, jnp.asarray(POINTS, step.dtype))
+    return _Along(jax.jvp(function, (point,), (direction,))[1], values, size)
+
+
+@jit
 def _directions(keys, x):
-    """A direction for each key: normal entries, of length 1 in all."""
+    """A direction for each key, [keys, ...]: normal entries, of length 1 in all."""
     flat, unravel = ravel_pytree(x)
-    for key in keys:
+
+    def draw(key):
         drawn = jax.random.normal(key, flat.shape, flat.dtype)
-        yield unravel(drawn / jnp.linalg.norm(drawn))
+        return unravel(drawn / jnp.linalg.norm(drawn))
+
+    return lax.map(draw, keys)
 
 
 class _Comparer:
     """Differences along a direction, and what may be expected of them."""
 
     def __init__(self, x: Any, step: float | None):
-        self.flat = ravel_pytree(x)[0]
-        self.step = default_step(self.flat, 1 / 5) if step is None else step
-        self.tolerance = AGREES.get(self.flat.dtype.name, AGREES["float32"])
+        flat = ravel_pytree(x)[0]
+        self.step = jnp.asarray(default_step(flat, 1 / 5) if step is None else step, flat.dtype)
+        self.tolerance = AGREES.get(flat.dtype.name, AGREES["float32"])
 
-    def differences(self, function: Callable, point: Any, direction: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The directional derivative of a pytree-valued function, flat, and its uncertainty."""
-        size = max(1.0, float(optax.tree.norm(point)) / math.sqrt(max(1, ravel_pytree(point)[0].size)))
-
-        def at(t):
-            moved = jax.tree.map(lambda leaf, d: leaf + (t * size) * d, point, direction)
-            return np.asarray(ravel_pytree(function(moved))[0], dtype=np.float64)
-
-        rises = np.stack([at(k * self.step) - at(-k * self.step) for k in (1, 2, 3)]) / (self.step * size)
+    def differences(self, values: Any, size: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The directional derivative, flat, of values [6, ...] as `_along` gives them, and its uncertainty."""
+        values = np.asarray(values, np.float64).reshape(len(POINTS), -1)
+        rises = np.stack([values[3 + k] - values[2 - k] for k in range(3)]) / (float(self.step) * float(size))
         return np.array(SIXTH) @ rises, np.abs((np.array(SIXTH) - np.array(FOURTH)) @ rises)
 
     def against(self, part: str, derivative: Any, reference: np.ndarray, uncertainty: np.ndarray) -> Comparison:
-        flat = np.asarray(ravel_pytree(derivative)[0], dtype=np.float64)
+        flat = np.asarray(derivative, np.float64).reshape(-1)
         sizes = np.linalg.norm(flat), np.linalg.norm(reference)
         allowed = self.tolerance * max(sizes) + SAFETY * np.linalg.norm(uncertainty) + float(np.finfo(np.float64).tiny)
         return Comparison(part, *map(float, (*sizes, np.linalg.norm(flat - reference), allowed)))
 
-    def __call__(self, part: str, function: Callable, point: Any, direction: Any) -> Comparison:
-        """A function's own derivative along a direction against its differences."""
-        derivative = jax.jvp(function, (point,), (direction,))[1]
-        return self.against(part, derivative, *self.differences(function, point, direction))
+    def __call__(self, part: str, derivative: Any, values: Any, size: Any) -> Comparison:
+        """An array's own derivative along a direction against the differences of its values."""
+        return self.against(part, derivative, *self.differences(values, size))
 
 
-def _totals(problem, x, made: Hypergradient, d, compare: _Comparer, name: str) -> list[Comparison]:
-    """The gradient along d against differences of phi, and against the derivative of sweeps from V*."""
-    slope = optax.tree.vdot(made.gradient, d)
-
-    @jax.jit
-    def phi(x):
-        return problem.objective(x, solve(*lower_level(problem, x), initial_value=made.solution.value))
-
-    discount = float(jnp.max(lower_level(problem, x)[0].modulus))
+def _totals(problem: Problem, x: Any, made: Hypergradient, drawn: Any, compare: _Comparer) -> list[Comparison]:
+    """The gradient along each direction against differences of phi, and against the derivative of sweeps from V*."""
+    discount = float(_modulus(problem, x))
     wanted = math.log(compare.tolerance * (1 - discount) / 10) / math.log(discount) if discount > 0 else 1
     count = max(1, min(MOST_SWEEPS, math.ceil(wanted)))
-
-    @jax.jit
-    def unrolled(x):
-        mdp, regularizer = lower_level(problem, x)
-        value = sweep(mdp, regularizer, made.solution.value, jnp.zeros_like(made.solution.value), count=count)
-        return problem.objective(x, read_out(mdp, regularizer, value, made.solution.result, made.solution.stats))
-
-    by_sweeps = np.asarray(jax.jvp(unrolled, (x,), (d,))[1], dtype=np.float64).reshape(1)
-    return [
-        compare.against(f"{name}: differences of phi", slope, *compare.differences(phi, x, d)),
-        compare.against(f"{name}: {count} sweeps, differentiated", slope, by_sweeps, np.zeros(1)),
-    ]
-
-
-def _leaves(problem, x, d, compare: _Comparer) -> list[Comparison]:
-    """Every floating-point leaf of mdp(x) and regularizer(x)."""
+    settings = np.int32(count), compare.step
+    slopes, phis, by_sweeps = jax.device_get(_along_each(problem, x, made.gradient, made.solution, drawn, *settings))
     rows = []
-    for name in ("mdp", "regularizer"):
-        numbers = jax.jit(lambda x, name=name: eqx.filter(getattr(problem, name)(x), eqx.is_inexact_array))
-        for path, _ in jax.tree_util.tree_leaves_with_path(numbers(x)):
-            label = f"{name}(x){jax.tree_util.keystr(path)}"
-
-            def leaf(x, path=path, numbers=numbers):
-                return dict(jax.tree_util.tree_leaves_with_path(numbers(x)))[path]
-
-            row = compare(label, leaf, x, d)
-            if row.derivative or row.reference or not row.agrees:  # what x does not move says nothing
-                rows.append(row)
+    for i, slope in enumerate(slopes):
+        name = f"direction {i + 1}"
+        swept = np.asarray(by_sweeps[i], np.float64).reshape(1)
+        rows += [
+            compare(f"{name}: differences of phi", slope, phis.values[i], phis.size[i]),
+            compare.against(f"{name}: {count} sweeps, differentiated", slope, swept, np.zeros(1)),
+        ]
     return rows
 
 
-def _summands(problem, x, made: Hypergradient, d, compare: _Comparer, key) -> list[Comparison]:
-    """T_x V at fixed V; f in x at a fixed solution; f in V at fixed x."""
-    solution = jax.lax.stop_gradient(made.solution)
+@jit
+def _modulus(problem, x):
+    return jnp.max(lower_level(problem, x)[0].modulus)
 
-    @jax.jit
-    def backup(x):
+
+# Every program takes the problem as an argument: the same check of another x, or once more, compiles nothing.
+@jit
+def _along_each(problem, x, gradient, solution, drawn, count, step):
+    def phi(x):
+        return problem.objective(x, solve(*lower_level(problem, x), initial_value=solution.value))
+
+    def swept(x):
         mdp, regularizer = lower_level(problem, x)
-        return sweep(mdp, regularizer, solution.value, jnp.zeros_like(solution.value), count=1)
+        value = lax.fori_loop(0, count, lambda _, v: over_batch(backup)(mdp, regularizer, v), solution.value)
+        return problem.objective(x, read_out(mdp, regularizer, value, solution.result, solution.stats))
 
-    @jax.jit
+    def one(d):
+        values = _along(phi, x, d, step)._replace(derivative=None)  # phi's is the gradient that is checked
+        return optax.tree.vdot(gradient, d), values, jax.jvp(swept, (x,), (d,))[1]
+
+    return lax.map(one, drawn)
+
+
+def _parts(
+    problem: Problem, x: Any, made: Hypergradient, d: Any, key: jax.Array, compare: _Comparer
+) -> list[Comparison]:
+    """Every floating-point leaf of mdp(x) and regularizer(x); T_x V at fixed V; f in x and in V, the other fixed."""
+    solution = lax.stop_gradient(made.solution)
+    in_value = jax.random.normal(key, solution.value.shape, solution.value.dtype)
+    in_value = in_value / jnp.linalg.norm(in_value)
+    found = jax.device_get(_along_parts(problem, x, solution, d, in_value, compare.step))
+    rows = []
+    for name in ("mdp", "regularizer"):
+        derivatives, values, size = found.pop(name)
+        labels = [
+            f"{name}(x){jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(derivatives)
+        ]
+        for label, *leaf in zip(labels, jax.tree.leaves(derivatives), jax.tree.leaves(values), strict=True):
+            row = compare(label, *leaf, size)
+            if row.derivative or row.reference or not row.agrees:  # what x does not move says nothing
+                rows.append(row)
+    return rows + [compare(label, *along) for label, along in found.items()]
+
+
+@jit
+def _along_parts(problem, x, solution, d, in_value, step):
+    def floats(name):
+        return lambda x: eqx.filter(getattr(problem, name)(x), eqx.is_inexact_array)
+
+    def swept(x):
+        return over_batch(backup)(*lower_level(problem, x), solution.value)
+
     def of_value(value):
         return problem.objective(x, read_out(*lower_level(problem, x), value, solution.result, solution.stats))
 
-    drawn = jax.random.normal(key, solution.value.shape, solution.value.dtype)
-    return [
-        compare("T_x V* at fixed V*", backup, x, d),
-        compare("objective in x, solution fixed", jax.jit(lambda x: problem.objective(x, solution)), x, d),
-        compare("objective in V, x fixed", of_value, solution.value, drawn / jnp.linalg.norm(drawn)),
-    ]
+    return {
+        "mdp": _along(floats("mdp"), x, d, step),
+        "regularizer": _along(floats("regularizer"), x, d, step),
+        "T_x V* at fixed V*": _along(swept, x, d, step),
+        "objective in x, solution fixed": _along(lambda x: problem.objective(x, solution), x, d, step),
+        "objective in V, x fixed": _along(of_value, solution.value, in_value, step.astype(solution.value.dtype)),
+    }

@@ -1,9 +1,12 @@
 """`hypergradient`: value and gradient of the upper level, by any method."""
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient.implicit import Implicit
 from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
@@ -22,14 +25,15 @@ def hypergradient(
     """f(x, pi*(x)) and its gradient in x (Yang, Gao and Yuan 2025, for any regularizer and parameter).
 
     Args:
-      problem: a `Problem`; compiled once for each structure (a new lambda is a new structure).
+      problem: a `Problem`; compiled once for each structure (a new lambda is a new structure), and anew when
+        what its functions read was edited (docs/composition.md).
       x: any pytree of floating-point arrays.
       method: None is `Implicit()`. Others: `Unrolled`, `ExpectedTrajectories`, `FiniteDifferences`,
         `SimultaneousPerturbation`.
       initial_value, initial_adjoint: warm starts, e.g. `solution.value` and `adjoint` of a call nearby.
         Methods without an adjoint leave the latter aside.
-      with_error: also estimate the gradient's error (static). In a larger jitted program that does not read
-        `error` it costs nothing either way.
+      with_error: also estimate the gradient's error (static); without, `error` is None. In a larger jitted program
+        that does not read `error` it costs nothing either way.
 
     Returns:
       `Hypergradient`. Itself differentiable in x: a jvp of its gradient is a Hessian-vector product.
@@ -43,10 +47,13 @@ def hypergradient(
     require_instance("with_error", with_error, bool)
     starts = {"initial_value": initial_value, "initial_adjoint": initial_adjoint}
     starts = {name: as_float(name, start) for name, start in starts.items() if start is not None}
+    if list(starts) == ["initial_value"]:  # zeros is where an adjoint starts: one program for both warm starts
+        value = starts["initial_value"]
+        starts["initial_adjoint"] = jnp.zeros(value.shape, value.dtype)
     return _hypergradient(problem, as_upper_variable(x), method, with_error=with_error, **starts)
 
 
-@jax.jit(static_argnames="with_error")
+@functools.partial(jit, static_argnames="with_error")
 def _hypergradient(problem, x, method, initial_value=None, initial_adjoint=None, *, with_error):
     method = Implicit() if method is None else method
     return method.estimate(problem, x, initial_value, initial_adjoint, with_error)

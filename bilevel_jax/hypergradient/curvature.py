@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient.compute import hypergradient
 from bilevel_jax.hypergradient.implicit import Implicit
@@ -41,7 +42,7 @@ def hessian_vector_product(
     return _hessian_vector_product(problem, x, direction, method)
 
 
-@jax.jit
+@jit
 def _hessian_vector_product(problem, x, direction, method):
     def gradient(x):
         return hypergradient(problem, x, method=method, with_error=False).gradient

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver
 from bilevel_jax.errors import InputError
@@ -48,6 +47,8 @@ class Implicit(Method):
 
     def estimate(self, problem, x, initial_value, initial_adjoint, with_error):
         mdp, regularizer = lower_level(problem, x)
+        if initial_value is not None:
+            initial_value = as_float("initial_value", initial_value, mdp.reward.dtype, mdp.reward.shape[:-1])
         if initial_adjoint is not None:
             initial_adjoint = as_float("initial_adjoint", initial_adjoint, mdp.reward.dtype, mdp.reward.shape[:-1])
         solver = Auto(self.tolerance) if self.solver is None else self.solver
@@ -82,6 +83,5 @@ def implicit_gradient(
     paid = here.paid(solution.value)
     w, stats = here.solve_adjoint(adjoint, solution.policy, paid.of_value, guess)
     gradient = here.gradient(paid, solution.value, w)
-    unknown = jnp.full_like(paid.objective, jnp.nan)
-    error = error_bound(problem, x, gradient, solution.value, w) if with_error else unknown
+    error = error_bound(problem, x, gradient, solution.value, w) if with_error else None
     return Hypergradient(paid.objective, gradient, solution, w, stats, error)

@@ -46,7 +46,7 @@ class FiniteDifferences(Method):
         require_perturbation(self.step, self.solver)
 
     def estimate(self, problem, x, initial_value, initial_adjoint, with_error):
-        del initial_adjoint, with_error
+        del initial_adjoint
         near = _Near(problem, x, self.solver, initial_value)
         step = jnp.asarray(default_step(near.flat, 1 / 5) if self.step is None else self.step, near.flat.dtype)
 
@@ -55,7 +55,7 @@ class FiniteDifferences(Method):
             return jnp.asarray(FOURTH, rises.dtype) @ rises, jnp.asarray(SIXTH, rises.dtype) @ rises
 
         fourth, sixth = lax.map(along, jnp.eye(near.flat.size, dtype=near.flat.dtype))
-        return near.report(fourth, SAFETY * jnp.linalg.norm(sixth - fourth))
+        return near.report(fourth, SAFETY * jnp.linalg.norm(sixth - fourth) if with_error else None)
 
 
 class SimultaneousPerturbation(Method):
@@ -85,7 +85,7 @@ class SimultaneousPerturbation(Method):
         require_perturbation(self.step, self.solver)
 
     def estimate(self, problem, x, initial_value, initial_adjoint, with_error):
-        del initial_adjoint, with_error
+        del initial_adjoint
         near = _Near(problem, x, self.solver, initial_value)
         step = jnp.asarray(default_step(near.flat, 1 / 3) if self.step is None else self.step, near.flat.dtype)
 
@@ -95,7 +95,7 @@ class SimultaneousPerturbation(Method):
 
         each = lax.map(sample, jax.random.split(self.key, self.samples))
         standard_error = jnp.std(each, 0, ddof=1) / self.samples**0.5
-        return near.report(jnp.mean(each, 0), 2 * jnp.linalg.norm(standard_error))
+        return near.report(jnp.mean(each, 0), 2 * jnp.linalg.norm(standard_error) if with_error else None)
 
 
 class _Near:
@@ -116,7 +116,7 @@ class _Near:
         solution = solve(*lower_level(self._problem, x), solver=self._solver, initial_value=self._solution.value)
         return self._problem.objective(x, solution)
 
-    def report(self, gradient: jax.Array, error: jax.Array) -> Hypergradient:
+    def report(self, gradient: jax.Array, error: jax.Array | None) -> Hypergradient:
         return Hypergradient(self._value, self._unravel(gradient), self._solution, None, None, error)
 
 

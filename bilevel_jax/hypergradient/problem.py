@@ -6,8 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bilevel_jax.bellman import check_compatible
+from bilevel_jax.captures import as_run_by_jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import as_pytree
 from bilevel_jax.mdp import MDP
@@ -46,8 +48,8 @@ class BilevelProblem(eqx.Module):
       regularizer: a `Regularizer`, or x -> `Regularizer`.
       objective: (x, `Solution`) -> scalar to be minimised.
 
-    Plain functions are static. A function that is a pytree, such as `jax.tree_util.Partial(f, data)`,
-    keeps its data as leaves.
+    Plain functions are static; when what they read was edited, the next call compiles anew (docs/composition.md). A
+    function that is a pytree, such as `jax.tree_util.Partial(f, data)`, keeps its data as leaves.
 
     Raises:
       InputError: an argument that is not callable.
@@ -91,6 +93,7 @@ def require_problem(problem: Any) -> None:
         )
 
 
+@as_run_by_jit
 def lower_level(problem: Problem, x: Any) -> tuple[MDP, Regularizer]:
     """The MDP and the regularizer at x, checked. Outside jit the values are checked too.
 
@@ -108,13 +111,31 @@ def lower_level(problem: Problem, x: Any) -> tuple[MDP, Regularizer]:
 
 
 def as_upper_variable(x: Any) -> Any:
-    """x with array leaves. Raises InputError where a leaf is not floating point."""
+    """x with array leaves. Raises InputError where a leaf is not floating point, and where there is no number."""
 
     def convert(path, leaf):
         where = f"x{jax.tree_util.keystr(path)}"
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            raise InputError(
+                f"{where}: a random key is no number to be chosen; keep it out of x, e.g. as a field of the problem"
+            )
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+            raise InputError(
+                f"{where}: expected an array of numbers, got {type(leaf).__name__}; x holds what is differentiated, "
+                f"and nothing else: split it, e.g. by equinox.partition(x, equinox.is_inexact_array)"
+            )
         leaf = as_array(where, leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise InputError(f"{where}: expected real numbers, got {leaf.dtype}; give real and imaginary parts as two")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise InputError(f"{where}: expected floating-point numbers, got {leaf.dtype}; use x.astype(float)")
         return leaf
 
-    return jax.tree_util.tree_map_with_path(convert, x)
+    made = jax.tree_util.tree_map_with_path(convert, x)
+    if not any(leaf.size for leaf in jax.tree.leaves(made)):
+        raise InputError(
+            f"x: has no number to be chosen, got {x!r}; for the objective alone, call problem.objective with the "
+            f"solution that bilevel_jax.solve gives"
+        )
+    return made

@@ -17,8 +17,8 @@ class Hypergradient(eqx.Module):
     `value` f(x, pi*(x)), a scalar; `gradient`, a pytree as x; `solution` of the lower level; `adjoint`
     w[S] with (I - discount P_pi)' w = df/dV (batch axes as in the MDP), a signed discounted occupancy;
     `stats` of the adjoint solve. `error` bounds the 2-norm, over all leaves, of gradient minus the true
-    hyper-gradient, to first order: each method says where it has it from; NaN where it was not asked for.
-    `adjoint` and `stats` are None from methods that do without. `bj.check(hypergradient)` raises where
+    hyper-gradient, to first order: each method says where it has it from; None where it was not
+    asked for. `adjoint` and `stats` are None from methods that do without. `bj.check(hypergradient)` raises where
     solution or adjoint did not converge, or value or gradient is not finite.
     """
 
@@ -27,7 +27,7 @@ class Hypergradient(eqx.Module):
     solution: Solution
     adjoint: Any  # jax.Array, or None; the same for LinearStats
     stats: Any
-    error: jax.Array
+    error: jax.Array | None
 
     def outcomes(self) -> tuple[Outcome, ...]:
         adjoint = () if self.stats is None else (Outcome("adjoint", self.stats.result, self.stats.error_bound),)

@@ -86,8 +86,7 @@ class Unrolled(Method):
             here = Lagrangian(problem, x, read)
             of_value = here.paid(solution.value).of_value
             w, stats = here.solve_adjoint(_Given(steps=kept), solution.policy, of_value, given)
-        unknown = jnp.full_like(objective, jnp.nan)
-        error = error_bound(problem, x, gradient, solution.value, w) if with_error else unknown
+        error = error_bound(problem, x, gradient, solution.value, w) if with_error else None
         return Hypergradient(objective, gradient, solution, w, stats, error)
 
 

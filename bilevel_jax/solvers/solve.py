@@ -8,6 +8,7 @@ from jax import lax
 from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve, zero_tangents
 from bilevel_jax.batching import one_at_a_time_on_cpu
 from bilevel_jax.bellman import action_values, backup, check_compatible, read_policy
+from bilevel_jax.captures import jit
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome, Result
@@ -74,7 +75,7 @@ def solve(
     return _solve(mdp, regularizer, initial_value, solver, adjoint)
 
 
-@jax.jit
+@jit
 def _solve(mdp, regularizer, initial_value, solver, adjoint):
     check_compatible(mdp, regularizer)
     solvers = (Auto() if solver is None else solver).resolve(mdp)

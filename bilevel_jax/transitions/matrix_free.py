@@ -42,7 +42,8 @@ class MatrixFreeTransition(Transition):
 
     Args:
       function: pure and hashable, E[v(s') | s, a] of values v. It is static: the same function object
-        means no new compilation. The transposed product is derived from it by `jax.linear_transpose`.
+        means no new compilation, unless what it reads was edited. The transposed product is derived from it by
+        `jax.linear_transpose`.
       parameters: a pytree of arrays, what the function computes with; the kernel's differentiable leaves.
       num_states, num_actions: S and A; static.
 
@@ -124,11 +125,14 @@ class MatrixFreeTransition(Transition):
                 f"function: the expectation of ones is {of[0][tuple(where)]:.9g} at {where}, not 1; its weights must "
                 f"be probabilities"
             )
-        for one, least, most in [(of[1], first.min(), first.max()), (of[2], second.min(), second.max()), (of[3], 0, 1)]:
+        for one, values in zip(
+            of[1:4], map(np.asarray, (first, second, spike)), strict=True
+        ):  # numpy's: also in a trace
+            least, most = values.min(), values.max()
             if one.min() < least - tolerance or one.max() > most + tolerance:
                 raise InputError(
-                    f"function: expectations from {one.min():g} to {one.max():g} of values from {float(least):g} to "
-                    f"{float(most):g}; its weights must be probabilities, none negative"
+                    f"function: expectations from {one.min():g} to {one.max():g} of values from {least:g} to "
+                    f"{most:g}; its weights must be probabilities, none negative"
                 )
 
     def expect(self, values):

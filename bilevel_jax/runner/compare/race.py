@@ -143,13 +143,13 @@ class Race:
         return bool(np.any(np.asarray(_goes_on(progress, target))))
 
     def _evaluated(self, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-        """phi(x) and |grad phi(x)| on the model, run by run; or the mean loss of a batch and NaN."""
+        """phi(x) and |grad phi(x)| on the model, run by run; or the mean loss of a batch, and no norm: numpy's NaN."""
         algorithm = self._algorithms[0]
         if isinstance(algorithm.problem, bj.Problem):
-            values = _exact(algorithm.problem, progress.state.x)
-        else:
-            values = _sampled(algorithm, progress.state, self._samples)
-        return np.asarray(values[0]), np.asarray(values[1])
+            value, norm = _exact(algorithm.problem, progress.state.x)
+            return np.asarray(value), np.asarray(norm)
+        value = np.asarray(_sampled(algorithm, progress.state, self._samples))
+        return value, np.full_like(value, np.nan)
 
     def _start_all(self, varying, shared, keys, numbers):
         def one(varying, key, numbers):
@@ -198,8 +198,7 @@ def _sampled(algorithm, states, samples):
         for_groups, for_loss = jax.random.split(jax.random.key(0))
         groups = sample_groups(for_groups, problem, algorithm.policy(state), samples)
         costs = paid(for_loss, problem, state.x, groups)
-        value = jnp.sum(costs.factors[None] * costs.each) / samples
-        return value, jnp.full_like(value, jnp.nan)
+        return jnp.sum(costs.factors[None] * costs.each) / samples
 
     return jax.lax.map(one, states)
 

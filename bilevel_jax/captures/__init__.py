@@ -1,0 +1,65 @@
+"""What functions capture is a part of their identity: `jit` compiles anew where it was edited, and only there.
+
+`names.py` says which names a function reads, `reader.py` what they hold, `watch.py` whether it is still the same.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from bilevel_jax.captures.watch import is_tracing, tokens_of, tracing
+
+# JAX keeps what it traces and compiles under each value of this apart, in all its caches: also in those of helpers
+# that the user jitted, and of loops whose body is the user's.
+_CONTEXT = jax.make_user_context(None)
+
+
+def jit(
+    function: Callable, *, watched: Callable[..., tuple] | None = None, static_argnames: str | tuple[str, ...] = ()
+) -> Any:
+    """`jax.jit`, for arguments that hold functions or objects with methods of the user's.
+
+    Where a number, an array, a global or a default that they read was edited since, the next call compiles
+    anew; otherwise it does not. A call inside another trace becomes a part of that one.
+
+    Args:
+      watched: the arguments -> a tuple of those that may hold functions; None is all of them.
+      static_argnames: as in `jax.jit`.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        with tracing():
+            return function(*args, **kwargs)
+
+    compiled: Any = jax.jit(traced, static_argnames=static_argnames)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        token = tokens_of((*args, *kwargs.values()) if watched is None else watched(*args, **kwargs))
+        if token is _CONTEXT.value:
+            return compiled(*args, **kwargs)
+        with _CONTEXT(token):
+            return compiled(*args, **kwargs)
+
+    for name in ("lower", "_cache_size", "clear_cache"):
+        setattr(call, name, getattr(compiled, name))
+    return call
+
+
+def as_run_by_jit(function: Callable) -> Callable:
+    """`function`, which calls the user's functions where nothing is compiled, seeing the same edits as `jit` does."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        if is_tracing():
+            return function(*args)
+        with _CONTEXT(tokens_of(args)), tracing():
+            return function(*args)
+
+    return call
+
+
+__all__ = ["as_run_by_jit", "jit"]

@@ -7,7 +7,13 @@ import numpy as np
 from scipy import sparse
 
 from bilevel_jax.errors import InputError
-from bilevel_jax.interchange.common import as_matrix, as_numbers, successors
+from bilevel_jax.interchange.common import (
+    as_matrix,
+    as_numbers,
+    bytes_of,
+    require_room_for_pairs,
+    successors,
+)
 from bilevel_jax.mdp import MDP
 
 
@@ -28,6 +34,9 @@ def read(env: Any, discount: Any, initial: Any) -> MDP:
     states = len(table)
     choices = [_choices(table, state) for state in range(states)]
     actions = 1 + max((action for mine in choices for action in mine), default=-1)
+    pairs = sum(len(mine) for mine in choices)
+    given = bytes_of(sum(len(outcomes) for mine in choices for outcomes in mine.values()), float)
+    require_room_for_pairs("env", states, actions, pairs, given)
     reward = np.zeros((states, max(actions, 1)))
     goes, available = np.ones_like(reward), np.zeros(reward.shape, bool)
     pair, following, chance = [], [], []
@@ -52,7 +61,7 @@ def read(env: Any, discount: Any, initial: Any) -> MDP:
         initial = getattr(inner, "initial_state_distrib", None)
     if (goes < 1).any():
         discount = as_numbers("discount", discount) * goes
-    kernel = successors(rows, reward.shape[1], mask)
+    kernel = successors(rows, reward.shape[1], mask, given)
     return MDP(kernel, reward, discount, initial, mask)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.memory import require_room
 from bilevel_jax.transitions import DenseTransition, StencilTransition, SuccessorTransition, Transition
 from bilevel_jax.validation import as_float, require_fraction
 
@@ -100,6 +101,13 @@ def dynamics(grid: Grid, slip: jax.Array | float, kind: str, entry: jax.Array | 
         return StencilTransition.from_successors(lists, grid.shape())
     if kind != "dense":
         raise InputError(f"transition: expected 'dense', 'successor' or 'stencil', got {kind!r}")
+    states, actions = lists.shape
+    # The kernel, its checks, and the copy that an MDP makes of it.
+    size = 3 * states * actions * states * lists.dtype.itemsize
+    remedy = "take a smaller map, or transition='successor'"
+    if states * actions * states >= 2**31:  # XLA aborts the process
+        raise InputError(f"rows: a dense transition of {states} cells has 2^31 entries or more; {remedy}")
+    require_room("rows", size, f"a dense transition of {states} cells", remedy)
     return DenseTransition(_dense(lists.successor, lists.probability))
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.options import require_seed
+from bilevel_jax.problems.options import require_room_for, require_seed
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
@@ -76,6 +76,8 @@ def synthetic(options: SyntheticOptions) -> Synthetic:
             limit = f"at least {least}" if size < least else f"at most {MOST}"
             raise InputError(f"{name} must be {limit}, got {size}")
     require_seed(options)
+    require_room_for("states, actions", options.states, options.actions, options.states, copies=3)
+    require_room_for("dimension", options.dimension, options.dimension, copies=2)
     key = jax.random.key(options.seed)
     transition, coefficient, matrix = _draw(key, options.states, options.actions, options.dimension)
     problem = Synthetic(

@@ -19,7 +19,7 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.preferences import Teacher, log_likelihood, segment_return
-from bilevel_jax.problems.options import require_seed
+from bilevel_jax.problems.options import require_room_for, require_seed
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import KLDivergence, ShannonEntropy
@@ -101,6 +101,8 @@ class TabularRLHF(eqx.Module):
         _check_sizes(options)
         shape = (options.states, options.actions)
         keys = jax.random.split(jax.random.key(options.seed), 5)
+        require_room_for("states, actions", options.states, *shape, copies=3)
+        require_room_for("features", *shape, max(1, options.features), copies=2)
         order = jnp.argsort(jax.random.uniform(keys[0], (options.states, *shape)), 0)
         mass = jax.random.exponential(keys[1], (options.branching, *shape))
         self.transition = SuccessorTransition(order[: options.branching], mass / jnp.sum(mass, 0))

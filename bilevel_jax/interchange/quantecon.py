@@ -15,8 +15,10 @@ from bilevel_jax.interchange.common import (
     require_exportable,
     require_room_for_pairs,
     rows_of,
+    rows_sum_to_one,
     split_reward,
     successors,
+    sums_to_one,
     the_discount,
 )
 from bilevel_jax.mdp import MDP
@@ -100,11 +102,11 @@ def _indices(name: str, value: Any, pairs: int, limit: int | None) -> np.ndarray
 def write(mdp: MDP) -> tuple[Any, ...]:
     """See `MDP.to_quantecon`."""
     require_exportable(mdp)
-    reward, discount, kernel = joined_reward(mdp), the_discount(mdp), mdp.transition
+    reward, discount, kernel = joined_reward(mdp).astype(np.float64), the_discount(mdp), mdp.transition
     if isinstance(kernel, DenseTransition):
-        return reward, np.asarray(kernel.probability), discount
+        return reward, sums_to_one(np.asarray(kernel.probability)), discount
     pairs = np.flatnonzero(reward.reshape(-1) != -np.inf)
-    rows = rows_of(kernel)[pairs]
+    rows = rows_sum_to_one(rows_of(kernel))[pairs]
     return (
         reward.reshape(-1)[pairs],
         sparse.csr_matrix(rows),

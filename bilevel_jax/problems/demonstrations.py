@@ -46,7 +46,7 @@ def visits_of_file(path: str, mdp: MDP) -> jax.Array:
         remedy = "no process of this map starts in that state; leave the letter s out to start anywhere"
         _require_steps(path, possible, episode, time, remedy)
     _require_moves(path, mdp, state, action, time, episode, first)
-    weight = mdp.discount ** jnp.asarray(time, mdp.discount.dtype) / first.sum()
+    weight = mdp.discount ** jnp.asarray(time, mdp.discount.dtype) / int(first.sum())
     return jnp.zeros_like(mdp.reward).at[state, action].add(weight)
 
 

@@ -70,7 +70,7 @@ class Garnet(eqx.Module):
         self.discount = jnp.asarray(options.discount, float)
         self.temperature = ShannonEntropy(options.temperature).temperature
         self.price = jnp.asarray(options.price, float)
-        self.horizon = options.horizon
+        self.horizon = int(options.horizon)
         self.environment = TabularEnvironment(self.mdp(jnp.zeros(pairs)))  # checks the discount where it is known
 
     @property

@@ -67,9 +67,14 @@ class Grid(NamedTuple):
         return np.where(destination >= 0, destination, np.arange(len(self.cells))[:, None])
 
 
+def map_rows(rows: str | Sequence[str]) -> tuple[str, ...]:
+    """The rows of a map, given as a text or as its rows: hashable, as static parts of a problem have to be."""
+    return tuple(rows.strip("\n").split("\n") if isinstance(rows, str) else rows)
+
+
 def parse_map(rows: str | Sequence[str]) -> Grid:
     """Parse a map, a text or its rows. Raises InputError if it is not rectangular or has no cell."""
-    rows = rows.strip("\n").split("\n") if isinstance(rows, str) else rows
+    rows = map_rows(rows)
     if not rows:
         raise InputError("rows: the map is empty; give at least one row")
     if len({len(row) for row in rows}) != 1:

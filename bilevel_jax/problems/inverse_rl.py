@@ -18,7 +18,7 @@ from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.occupancy import occupancy
 from bilevel_jax.problems.demonstrations import visits_of_file
-from bilevel_jax.problems.grid import Grid, dynamics, parse_map
+from bilevel_jax.problems.grid import Grid, dynamics, map_rows, parse_map
 from bilevel_jax.problems.options import (
     as_fraction,
     as_number,
@@ -30,7 +30,7 @@ from bilevel_jax.problems.options import (
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import Regularizer, ShannonEntropy
-from bilevel_jax.results import Result, check
+from bilevel_jax.results import check, where_converged
 from bilevel_jax.solvers import solve
 from bilevel_jax.transitions import SuccessorTransition
 from bilevel_jax.validation import as_float, is_known, require_finite
@@ -123,7 +123,7 @@ class InverseRL(eqx.Module):
     estimator: str = eqx.field(static=True)
 
     def __init__(self, options: InverseRLOptions):
-        self.rows = options.rows
+        self.rows = map_rows(options.rows)
         grid = self.grid
         ground = _ground(grid, options)
         starts = grid.marked("s", "start", once=True) if "s" in grid.letters else np.ones(len(ground))
@@ -239,7 +239,7 @@ def _expert_policy(mdp: MDP, regularizer: Regularizer) -> jax.Array:
     solution = solve(mdp, regularizer)
     if is_known(solution.result):
         return check(solution).policy
-    return jnp.where(solution.result == Result.CONVERGED, solution.policy, jnp.nan)
+    return where_converged(solution.result, solution.policy)
 
 
 def _require_known_visits(visits: jax.Array) -> jax.Array:

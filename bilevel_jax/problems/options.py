@@ -23,10 +23,22 @@ from bilevel_jax.validation import (
 MOST = 10_000
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True, which Python takes for 1, is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def require_whole(options: Any, *names: str) -> None:
+    """Raise InputError if one of the options is no whole number."""
+    for name in names:
+        if not is_whole(getattr(options, name)):
+            raise InputError(f"{name}: expected a whole number, got {getattr(options, name)!r}")
+
+
 def require_size(options: Any, name: str, *, least: int = 1, most: int = MOST, why: str = "") -> None:
     """Raise InputError if the option is no whole number from `least` to `most`; `why` explains the limits."""
     size = getattr(options, name)
-    if not isinstance(size, int | np.integer) or not least <= size <= most:
+    if not is_whole(size) or not least <= size <= most:
         raise InputError(f"{name} must be a whole number from {least} to {most}{why and f' ({why})'}, got {size!r}")
 
 
@@ -52,7 +64,10 @@ def require_room_for(name: str, *shape: int, copies: int = 1) -> None:
 
 def require_seed(options: Any) -> None:
     """Raise InputError if the option `seed` is known to be none; a traced one passes."""
-    if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
+    if isinstance(options.seed, jax.Array):
+        return
+    require_whole(options, "seed")
+    if not 0 <= options.seed < 2**32:
         raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.options import require_room_for, require_seed
+from bilevel_jax.problems.options import require_room_for, require_seed, require_whole
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
@@ -70,6 +70,7 @@ class Synthetic(eqx.Module):
 
 def synthetic(options: SyntheticOptions) -> Synthetic:
     """Draw a problem. Raises InputError for sizes, a seed, a discount or a temperature out of range."""
+    require_whole(options, "states", "actions", "dimension")
     for name, least in (("states", 2), ("actions", 1), ("dimension", 1)):
         size = getattr(options, name)
         if not least <= size <= MOST:

@@ -348,7 +348,7 @@ def require_makeable(section: dict[str, Any], place: str, precision: str, source
         with jax.enable_x64(precision == "float64"):
             registry.make(name, **options)
     except InputError as error:
-        key = next((k for k in options if str(error).startswith(k)), None)
+        key = max((k for k in options if str(error).startswith(k)), key=len, default=None)  # one may begin another
         raise source.error(f"{place}.{key}" if key else place, str(error)) from None
 
 

@@ -203,6 +203,8 @@ class MDP(eqx.Module):
     def to_mdptoolbox(self) -> tuple[Any, np.ndarray, float]:
         """(P, R, discount) in the order of MDPToolbox; P[A, S, S], or A CSR matrices if not dense, R[S, A].
 
+        All float64, rows of P divided by their sums: MDPToolbox refuses what float32 leaves of them.
+
         Raises:
           InputError: batch axes, traced values, several discounts, or states with fewer actions.
         """
@@ -227,6 +229,8 @@ class MDP(eqx.Module):
 
     def to_scipy(self) -> tuple[Any, np.ndarray, float]:
         """(CSR [S A, S], r[S, A], discount) as `from_scipy` takes them; `matrix[a::A]` is that of action a.
+
+        As they are stored, in the MDP's own type: nobody looks at the sums of a scipy matrix.
 
         Raises:
           InputError: batch axes, traced values, or several discounts.
@@ -263,6 +267,8 @@ class MDP(eqx.Module):
 
     def to_quantecon(self) -> tuple[Any, ...]:
         """The arguments of `DiscreteDP`: (R, Q, beta) if dense, else (R, Q, beta, s_indices, a_indices).
+
+        R and Q are float64, rows of Q divided by their sums.
 
         Raises:
           InputError: batch axes, traced values, or several discounts.

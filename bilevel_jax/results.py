@@ -59,6 +59,21 @@ def _finite(value: jax.Array, gradient: Any) -> jax.Array:
     return jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
 
 
+def where_converged(result: jax.Array, values: Any) -> Any:
+    """The values, NaN where the iteration behind them did not converge: for those that no report goes with.
+
+    Args:
+      result: codes, with any batch axes.
+      values: a pytree of floating-point arrays, the batch axes first.
+    """
+    converged = result == Result.CONVERGED
+
+    def marked(leaf: jax.Array) -> jax.Array:
+        return jnp.where(converged.reshape(converged.shape + (1,) * (leaf.ndim - converged.ndim)), leaf, jnp.nan)
+
+    return jax.tree.map(marked, values)
+
+
 class Reports(Protocol):
     """Anything that knows the outcomes of the iterations that made it."""
 

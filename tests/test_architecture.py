@@ -21,7 +21,8 @@ CORE = sorted(name for name in MODULES if not name.startswith("bilevel_jax.runne
 # Each may import what stands above it, and its own row.
 LAYERS = [
     {"errors", "promotion"},
-    {"results", "validation", "batching", "captures", "derivatives", "indexing", "reductions", "rounding", "rounds"},
+    {"results", "validation", "batching", "captures", "derivatives", "indexing"},
+    {"memory", "reductions", "rounding", "rounds"},
     {"transitions", "functions"},
     {"mdp", "interchange"},
     {"regularizers", "environments"},
@@ -36,8 +37,8 @@ LAYERS = [
     {"runner"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-# Problems describe MDPs and simulators and evaluate policies; they know nothing of solving or of gradients.
-LEVEL["problems"] = LEVEL["evaluation"] + 0.5
+# Problems describe MDPs and simulators, evaluate policies and solve for those of experts; they know no gradients.
+LEVEL["problems"] = LEVEL["solvers"] + 0.5
 
 FOREIGN = {"matplotlib", "yaml", "pydantic", "tqdm", "argparse", "pathlib", "csv"}
 
@@ -83,7 +84,7 @@ def test_the_checks_above_see_imports():
     assert "bilevel_jax.adjoint.LinearSolver" in imports("bilevel_jax.solvers.solve")
     # also those inside functions
     assert "bilevel_jax.interchange.gymnasium" in imports("bilevel_jax.mdp")
-    assert LEVEL["problems"] < LEVEL["solvers"]
+    assert LEVEL["problems"] < LEVEL["hypergradient"]
 
 
 def documented(function):

@@ -599,6 +599,50 @@ def test_random_segments_start_anywhere_alike():
     assert_same(random_segments(KEY, Trajectory(*[time] * 9), 7), Trajectory(*[time] * 9))
 
 
+def trajectories_that_end(lengths, horizon):
+    """Trajectories whose first lengths[B] steps are valid; `action` counts steps."""
+    time = jnp.broadcast_to(jnp.arange(horizon), (len(lengths), horizon))
+    return Trajectory(*[time] * 8, time < np.asarray(lengths)[:, None])
+
+
+def test_random_segments_hold_valid_steps_alone():
+    """Uniform over starts 0 to N - length: a chi-square test at 1e-6, which a start that is a twentieth rarer than it
+    should be fails with probability 0.999."""
+    lengths = np.repeat([5, 6, 9, 12], 20_000)
+    cut = random_segments(KEY, trajectories_that_end(lengths, 12), 5)
+    assert np.asarray(cut.valid).all()
+    start = np.asarray(cut.action)[:, 0]
+    for length in (5, 6, 9, 12):
+        starts = length - 5 + 1
+        law = np.full(starts, 1 / starts)
+        counts = np.bincount(start[lengths == length], minlength=starts)
+        assert counts.size == starts
+        if starts > 1:
+            assert_law(counts, law)
+            skewed = law * (1 + 0.1 * np.where(np.arange(starts) < starts / 2, 1, -1))
+            assert chi_square(np.round(20_000 * skewed / skewed.sum()), law) < FALSE_ALARM  # the test's power
+
+
+def test_random_segments_of_short_episodes_are_the_episodes():
+    lengths = np.array([1, 2, 3, 4])
+    cut = random_segments(KEY, trajectories_that_end(lengths, 12), 4)
+    np.testing.assert_array_equal(cut.action, np.broadcast_to(np.arange(4), (4, 4)))
+    np.testing.assert_array_equal(np.asarray(cut.valid).sum(1), lengths)
+
+
+def test_random_segments_of_a_process_that_ends_are_never_empty():
+    """Mean length 12 in 100 steps: seven in eight segments of 10 had no valid step."""
+    ends = np.full((1, 1), 1 / 12)
+    simulator = TabularEnvironment(bj.MDP(np.ones((1, 1, 1)), np.zeros((1, 1)), 0.9), ends=ends)
+    t = rollout(KEY, simulator, bj.Table([[1.0]]), batch=4000, horizon=100)
+    lengths = np.asarray(t.valid).sum(1)
+    assert abs(lengths.mean() - 12) < 1.2
+    cut = random_segments(KEY, t, 10)
+    np.testing.assert_array_equal(np.asarray(cut.valid).sum(1), np.minimum(lengths, 10))
+    jitted = jax.jit(random_segments, static_argnums=2)(KEY, t, 10)
+    assert_same(cut, jitted)
+
+
 @pytest.mark.parametrize("length", [0, -1, 8, 2.0, True, None])
 @pytest.mark.parametrize(
     "cut", [lambda t, n: segments(t, jnp.zeros(2, int), n), lambda t, n: random_segments(KEY, t, n)]
@@ -623,11 +667,23 @@ def test_sizes_are_static():
         jax.jit(lambda h: rollout(KEY, tabular(), bj.Table(POLICY), batch=2, horizon=h))(3)
 
 
-def test_several_discounts_are_refused():
+def test_several_discounts_are_ends_by_chance():
+    """A discount below the largest ends the process with the probability that is missing; others draw as before."""
     discount = DISCOUNT.copy()
-    discount[0, 0] = 0.5
-    with pytest.raises(bj.InputError, match=r"discount.*2, from 0.5 to 0.9"):
-        TabularEnvironment(helpers.make_mdp(PROCESS, discount))
+    discount[0, 0] = 0.6
+    chances = 1 - discount / 0.9
+    simulator = TabularEnvironment(helpers.make_mdp(PROCESS, discount))
+    policy = 0.5 * POLICY + 0.5 / ACTIONS
+    t = rollout(KEY, simulator, bj.Table(policy), batch=4000, horizon=10)
+    ended = count(t.state, t.action, t.terminated.astype(int), sizes=(STATES, ACTIONS, 2), where=t.valid)
+    assert_law(ended, np.stack([1 - chances, chances], -1))
+    after = np.asarray(t.valid & ~t.terminated)
+    moves = count(t.state, t.action, t.next_observation, sizes=(STATES, ACTIONS, STATES), where=after)
+    seen = moves.sum(-1) > 0
+    assert_law(moves[seen], PROCESS.dense[seen])
+
+
+def test_several_discounts_of_contexts_are_refused():
     mdp, _ = contexts()
     with pytest.raises(bj.InputError, match=r"discount.*3"):
         TabularEnvironment(mdp.replace(discount=np.asarray([0.5, 0.6, 0.7])))

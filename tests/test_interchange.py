@@ -10,6 +10,7 @@ from helpers import ACTIONS, STATES, random_process
 from scipy import sparse
 
 import bilevel_jax as bj
+from bilevel_jax.interchange.common import rows_sum_to_one, sums_to_one
 
 PROCESS = random_process(0)
 P, R, RHO = PROCESS.dense, PROCESS.reward, PROCESS.initial
@@ -339,8 +340,7 @@ def test_an_end_state_makes_a_table_exportable_and_a_simulator():
         bj.InputError, match=r"discount: this form has one discount, the MDP has 4, .*mdp\.with_end_state"
     ):
         mdp.to_mdptoolbox()
-    with pytest.raises(bj.InputError, match="a simulator has one discount"):
-        bj.environments.TabularEnvironment(mdp)
+    bj.environments.TabularEnvironment(mdp)
     free = mdp.with_end_state(one_action=False)
     bj.environments.TabularEnvironment(free)
     matrices, reward, discount = free.to_mdptoolbox()
@@ -471,3 +471,66 @@ def test_float32_stays():
     assert {leaf.dtype for leaf in jax.tree.leaves(mdp)} == {np.dtype("float32"), np.dtype("int32")}
     assert mdp.to_scipy()[0].dtype == np.float32
     assert bj.MDP.from_mdptoolbox(narrow, R.astype(np.float32), DISCOUNT).reward.dtype == np.float32
+
+
+def narrow_process(kind, states=300, seed=0):
+    """A process in float32 with rows that sum to 1 as float32 can: random ones, long, and with tiny entries."""
+    rng = np.random.default_rng(seed)
+    concentration = {"random": 1.0, "long": 50.0, "spiky": 0.02, "sparse": 1.0}[kind]
+    probability = rng.dirichlet(np.full(states, concentration), (states, 2)).astype(np.float32)
+    if kind == "sparse":
+        probability *= rng.uniform(size=probability.shape) < 0.05
+        probability[:, :, 0] += 1e-3
+    probability /= probability.sum(-1, keepdims=True)
+    reward = rng.normal(size=(states, 2)).astype(np.float32)
+    if kind != "sparse":
+        return bj.MDP(probability, reward, np.float32(0.9))
+    return bj.MDP.from_scipy(sparse.csr_matrix(probability.reshape(-1, states)), reward, np.float32(0.9))
+
+
+@pytest.mark.filterwarnings("ignore:Comparing a sparse matrix")  # mdptoolbox's own check does
+@pytest.mark.parametrize("kind", ["random", "long", "spiky", "sparse"])
+def test_float32_passes_the_checks_of_peers(kind):
+    util = pytest.importorskip("mdptoolbox.util")
+    mdp = narrow_process(kind)
+    assert mdp.reward.dtype == np.float32
+    matrices, reward, discount = mdp.to_mdptoolbox()
+    util.check(matrices, reward)  # raises
+    for matrix in matrices:
+        util.checkSquareStochastic(matrix)
+        assert matrix.dtype == np.float64
+    assert util.isStochastic(matrices[0])
+    assert reward.dtype == np.float64
+    back = bj.MDP.from_mdptoolbox(matrices, reward, discount)
+    # What was exported is the process to float32's own rounding.
+    np.testing.assert_allclose(expected(back), expected(mdp), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Comparing a sparse matrix")  # mdptoolbox's own check does
+@pytest.mark.parametrize("kind", ["random", "sparse"])
+def test_float32_is_solved_by_peers(kind):
+    mdptoolbox, quantecon = (pytest.importorskip(name) for name in ("mdptoolbox.mdp", "quantecon"))
+    mdp = narrow_process(kind, states=40)
+    want = optimal_value(mdp.replace(transition=mdp.transition.astype(np.float64), reward=np.float64(mdp.reward)))
+    peer = mdptoolbox.PolicyIteration(*mdp.to_mdptoolbox())
+    peer.run()
+    np.testing.assert_allclose(peer.V, want, rtol=1e-5, atol=1e-5)
+    arguments = mdp.to_quantecon()
+    assert arguments[0].dtype == arguments[1].dtype == np.float64
+    process = quantecon.markov.DiscreteDP(*arguments)
+    found = process.solve(method="policy_iteration")
+    np.testing.assert_allclose(found.v, want, rtol=1e-5, atol=1e-5)
+    sums = np.asarray(found.mc.P.sum(-1)).ravel()  # its chain checks them
+    np.testing.assert_allclose(sums, 1, rtol=0, atol=4e-16)
+
+
+def test_sums_of_very_long_rows_are_1():
+    rng = np.random.default_rng(0)
+    rows = rng.dirichlet(np.ones(50_000), 4).astype(np.float32)
+    util = pytest.importorskip("mdptoolbox.util")
+    limit = 10 * np.spacing(1.0)  # of mdptoolbox.util.isStochastic
+    assert np.abs(sums_to_one(rows).sum(-1) - 1).max() <= limit
+    made = rows_sum_to_one(sparse.csr_array(rows))
+    assert np.abs(made.sum(1) - 1).max() <= limit
+    assert util.isStochastic(sparse.csr_matrix(made))
+    np.testing.assert_allclose(made.toarray(), rows, rtol=1e-5)

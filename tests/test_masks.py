@@ -383,7 +383,16 @@ BAD = {
         lambda: bj.policy_value(make(), np.full((STATES, ACTIONS), 1 / 3)),
         r"policy\[1, 0\] is 0\.333333, but that action is not available",
     ),
-    "simulator": (lambda: bj.environments.TabularEnvironment(make()), r"available: a simulator takes every action"),
+    "simulator": (
+        lambda: bj.environments.rollout(
+            jax.random.key(0),
+            bj.environments.TabularEnvironment(make()),
+            bj.Table(np.full((STATES, ACTIONS), 1 / 3)),
+            batch=1,
+            horizon=1,
+        ),
+        r"policy\[1, 0\] is 0\.333333, but that action is not available",
+    ),
 }
 
 

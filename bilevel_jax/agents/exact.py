@@ -9,6 +9,7 @@ from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import Table
 from bilevel_jax.hypergradient import Problem, lower_level
+from bilevel_jax.results import where_converged
 from bilevel_jax.solvers import Solver, solve
 
 
@@ -16,7 +17,8 @@ class ExactAgent(Agent):
     """Solves the lower level on the model, warm-started; takes no steps of the simulator.
 
     Args:
-      solver: of the lower level; None is `Auto()`.
+      solver: of the lower level; None is `Auto()`. One of your own may stop early, what it leaves is the answer; where
+        `Auto()` does, which is to solve, the policy is NaN.
 
     Raises:
       InputError: the problem has no model, i.e. not the methods of `bilevel_jax.Problem`.
@@ -39,7 +41,8 @@ class ExactAgent(Agent):
         del key
         model: Any = problem
         solution = solve(*lower_level(model, x), solver=self.solver, initial_value=state[0])
-        return solution.value, _table(solution.policy)
+        policy = solution.policy if self.solver is not None else where_converged(solution.result, solution.policy)
+        return solution.value, _table(policy)
 
     def policy(self, state, problem, x):
         del problem, x

@@ -6,7 +6,15 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.environments import AutoReset, Environment, TabularEnvironment, TimeLimit, TimeStep, trajectory_keys
+from bilevel_jax.environments import (
+    AutoReset,
+    Environment,
+    TabularEnvironment,
+    TimeLimit,
+    TimeStep,
+    require_every_action,
+    trajectory_keys,
+)
 from bilevel_jax.environments.sampling import choose, two_numbers
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
@@ -28,6 +36,7 @@ class Processes(eqx.Module):
 
     def __init__(self, problem: SampledProblem, count: int, limit: Any):
         inner = problem.environment
+        require_every_action(inner, "an agent")
         self.limit = jnp.asarray(problem.horizon if limit is None else limit, jnp.int32)
         self.environment = inner if inner.resets else AutoReset(TimeLimit(inner, self.limit))
         self.count = count

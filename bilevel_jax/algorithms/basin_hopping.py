@@ -11,6 +11,7 @@ from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
 from bilevel_jax.algorithms.upper import Cooling
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level
+from bilevel_jax.results import Result
 from bilevel_jax.solvers import solve
 from bilevel_jax.validation import as_float, as_size, require_positive, require_probability
 
@@ -101,8 +102,10 @@ def _step(hopping, key, state):
         return algorithm.step(jax.random.fold_in(for_descent, i), inner)
 
     inner, infos = lax.scan(iterate, inner, jnp.arange(hopping.descent))
-    found = problem.objective(inner.x, solve(*lower_level(problem, inner.x))).astype(state.objective.dtype)
-    better = found < state.objective  # False also for NaN
+    solution = solve(*lower_level(problem, inner.x))
+    found = problem.objective(inner.x, solution).astype(state.objective.dtype)
+    found = jnp.where(jnp.all(solution.result == Result.CONVERGED), found, jnp.nan)
+    better = found < state.objective  # False also for NaN: an end whose phi is not known is not kept
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), inner.x, state.x)
     objective = jnp.where(better, found, state.objective)
     return BasinHoppingState(best, objective, state.origin, state.iteration + 1), _summed(infos, objective)

@@ -81,7 +81,7 @@ class UpperLevel(eqx.Module):
         Raises:
           InputError: the optimizer's update asks for what the algorithm does not have.
         """
-        with jax.numpy_dtype_promotion("standard"):
+        with usual_promotion():
             state = jax.tree.map(_strongly_typed, self.optimizer.init(x))
         if isinstance(self.optimizer, optax.GradientTransformationExtraArgs):
             value = jnp.zeros((), jnp.result_type(*jax.tree.leaves(x)) if jax.tree.leaves(x) else float)

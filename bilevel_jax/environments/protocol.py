@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bilevel_jax.environments.sampling import choose, uniform
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import ActionFunction
+from bilevel_jax.validation import is_known
 
 
 class TimeStep(NamedTuple):
@@ -111,6 +113,11 @@ class Environment(eqx.Module):
         return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), records), states
 
     @property
+    def available(self) -> jax.Array | None:
+        """Which actions each state has, bool[S, A], for environments with states; None: all of them."""
+        return None
+
+    @property
     def resets(self) -> bool:
         """Whether `step` starts a new process when one ends."""
         return False
@@ -120,6 +127,28 @@ def require_policy_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> N
     """Raise InputError where a policy has other sizes than the environment: look-ups do not check them."""
     if shape != expected:
         raise InputError(f"policy: expected probabilities of shape {list(expected)}, got {list(shape)}")
+
+
+def require_available(available: jax.Array | None, policy: jax.Array) -> None:
+    """Raise InputError where a policy[S, A] that is known has probability on an action that is not available."""
+    if available is None or not is_known(policy, available):
+        return
+    wrong = (np.asarray(policy) != 0) & ~np.asarray(available)
+    if wrong.any():
+        index = [int(i) for i in np.argwhere(wrong)[0]]
+        raise InputError(
+            f"policy{index} is {np.asarray(policy)[wrong][0]:g}, but that action is not available in that state; give "
+            f"it probability 0"
+        )
+
+
+def require_every_action(environment: Environment, what: str) -> None:
+    """Raise InputError for an environment in which states lack actions: agents that explore would take them."""
+    if environment.available is not None:
+        raise InputError(
+            f"environment: {what} takes every action in every state, and this environment has states with fewer "
+            f"(`available`); let the others do what one of the available ones does, and give available=None"
+        )
 
 
 def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

@@ -99,11 +99,18 @@ def segments(trajectories: Trajectory, starts: jax.Array, length: int) -> Trajec
 
 
 def random_segments(key: jax.Array, trajectories: Trajectory, length: int) -> Trajectory:
-    """One segment of each trajectory [B, H], its start drawn uniformly, [B, length]."""
+    """One segment of each trajectory [B, H], its start drawn uniformly among those that keep it valid, [B, length].
+
+    A trajectory with N valid steps has N - length + 1 such starts, 0 to N - length. One that ended sooner, N < length,
+    gives its whole episode, from step 0; the steps of the segment after that are not `valid`.
+
+    Raises:
+      InputError: length is not an integer in 1 to H.
+    """
     batch, horizon = trajectories.action.shape[:2]
-    return segments(
-        trajectories, jax.random.randint(key, (batch,), 0, max(1, horizon - _count("length", length) + 1)), length
-    )
+    ended = jnp.argmax(jnp.flip(trajectories.valid.astype(bool), 1), 1)  # steps after the last valid one
+    starts = jnp.maximum(1, horizon - ended - _count("length", length) + 1)
+    return segments(trajectories, jax.random.randint(key, (batch,), 0, starts), length)
 
 
 def _typed(keys: jax.Array) -> jax.Array:

@@ -1,20 +1,29 @@
 """Any `MDP` as a simulator."""
 
+import functools
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevel_jax.environments.protocol import Environment, TimeStep, Trajectory, require_policy_shape
+from bilevel_jax.environments.protocol import (
+    Environment,
+    TimeStep,
+    Trajectory,
+    require_available,
+    require_policy_shape,
+)
 from bilevel_jax.environments.sampling import pick, thresholds, two_numbers
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import tabulate
 from bilevel_jax.indexing import gather
+from bilevel_jax.interchange.gymnasium import read_outcomes
 from bilevel_jax.mdp import MDP
 from bilevel_jax.transitions import DenseTransition, StencilTransition, SuccessorTransition
-from bilevel_jax.validation import is_known, require_instance
+from bilevel_jax.validation import as_float, is_known, require_instance, require_probability
 
 
 class TabularEnvironment(Environment):
@@ -24,35 +33,67 @@ class TabularEnvironment(Environment):
       mdp: an `MDP` with a dense, successor or stencil transition. One with batch axes is a set of contexts:
         the context is drawn uniformly at reset and never changes; with C contexts of S states, state s
         of context c has index c S + s.
+      ends: the probability that a pair ends the process, [S, A] (batch axes first, or none). None reads it off the
+        discounts: with d the largest one of a context, a pair ends the process with probability 1 - discount / d,
+        as in `MDP.with_end_state`. Returns discounted by d then have the mean V. What all pairs of a context lose
+        alike cannot be told from its discount: give `ends` for that.
 
-    A pair whose discount is 0 ends the process. Probabilities are rounded to float32, and what is rarer
-    than 2^-24 may never happen. Build it outside jit: dense rows are then stored by their K
-    successors; under jit all S states count as successors.
+    A simulator needs no discount: with `ends` those of the MDP are not looked at. A process that a discount ends by
+    chance ends where it is: `next_observation` is the state that it was in, as the MDP does not know another. See
+    `from_gymnasium` for one that does.
+
+    Actions that are not available have probability 0 in a policy for the simulator, and earn NaN if they are taken.
+    Probabilities are rounded to float32, and what is rarer than 2^-24 may never happen. Build it outside jit: dense
+    rows are then stored by their K successors; under jit all S states count as successors. Where discounts are
+    traced, they have to be one number besides 0; rewards are NaN where they are not.
 
     Raises:
-      InputError: a discount that takes several values besides 0 (no simulator has those), states with
-        fewer actions (`available`), or a kind of transition that cannot be sampled.
+      InputError: contexts with several largest discounts besides 0 (no simulator has those), ends that are no
+        probabilities, or a kind of transition that cannot be sampled.
     """
 
     successor: jax.Array  # int32 [S A, K]
     threshold: jax.Array  # float32 [S A, K]
-    reward: jax.Array  # [S, A]
-    ends: jax.Array  # bool [S A]
+    reward: jax.Array  # [S, A], the mean
+    ends: jax.Array  # bool [S A], or [S A, K] where it depends on what follows
     initial: jax.Array  # float32 [S], thresholds
+    outcome_reward: jax.Array | None  # [S A, K] where it depends on what follows
+    mask: jax.Array | None  # bool [S, A]
 
-    def __init__(self, mdp: MDP):
+    def __init__(self, mdp: MDP, *, ends: Any = None):
         require_instance("mdp", mdp, MDP)
         flat = flatten_contexts(mdp)
-        self.reward = flat.reward
-        self.successor, self.threshold, self.ends, self.initial = _tables(flat)
-        if is_known(flat.discount):
-            values = np.unique(np.asarray(flat.discount))
-            values = values[values > 0]
-            if values.size > 1:
-                raise InputError(
-                    f"discount: a simulator has one discount besides 0 (the end), this MDP has {values.size}, from "
-                    f"{values[0]:g} to {values[-1]:g}; use one"
-                )
+        chances = None
+        if ends is not None:
+            chances = _given_ends(ends, mdp)
+        elif mdp.discount.ndim > len(mdp.batch_shape) and is_known(mdp.discount):
+            chances = _discounted_ends(mdp)
+        elif is_known(flat.discount):
+            _require_one_discount(np.unique(np.asarray(flat.discount)))
+        by_chance = chances is not None and not (is_known(chances) and np.isin(np.asarray(chances), (0, 1)).all())
+        self.successor, self.threshold, self.ends, self.initial, proper = _tables(flat, chances, by_chance)
+        self.reward = flat.reward if is_known(flat.discount) or ends is not None else flat.reward * proper
+        self.outcome_reward, self.mask = None, flat.available
+
+    @classmethod
+    def from_gymnasium(cls, env: Any, *, initial: Any = None) -> "TabularEnvironment":
+        """What a tabular gymnasium environment simulates: its outcomes with their own rewards, successors and ends.
+
+        `MDP.from_gymnasium` says what follows a pair that goes on, and its mean reward; here the table's outcomes
+        stay: an episode ends in the state that the table says, and pays what that outcome pays. Time limits are
+        left out: put `TimeLimit` around it.
+
+        Args:
+          env, initial: as `MDP.from_gymnasium` takes them.
+
+        Raises:
+          InputError: no such table, or one whose probabilities or states are wrong.
+        """
+        mdp, reward, ends = read_outcomes(env, initial)
+        made = cls(mdp)
+        slots = made.successor.shape
+        leaves = (jnp.asarray(ends).reshape(slots), jnp.asarray(reward, mdp.reward.dtype).reshape(slots))
+        return eqx.tree_at(lambda e: (e.ends, e.outcome_reward), made, leaves, is_leaf=lambda leaf: leaf is None)
 
     @property
     def num_states(self) -> int:
@@ -70,16 +111,22 @@ class TabularEnvironment(Environment):
     def observe(self, state):
         return state
 
+    @property
+    def available(self):
+        return self.mask
+
     def step(self, key, state, action):
         pair = state * self.num_actions + action
-        following = self._follow(two_numbers(key, 0)[1], pair)
-        ends = gather(self.ends, pair)
-        return following, TimeStep(following, gather(self.reward.reshape(-1), pair), ends, jnp.zeros_like(ends))
+        place = self._place(two_numbers(key, 0)[1], pair)
+        following, ends = gather(self.successor.reshape(-1), place), self._ends(pair, place)
+        return following, TimeStep(following, self._paid(pair, place), ends, jnp.zeros_like(ends))
 
     def run(self, keys, states, policy, horizon, actions):
         table = tabulate(policy, self.num_states).values
         require_policy_shape(table.shape, self.reward.shape)
+        require_available(self.mask, table)
         chances = thresholds(table)
+        by_outcome = self.ends.ndim > 1
 
         def step(carry, h):
             state, ended = carry
@@ -88,8 +135,10 @@ class TabularEnvironment(Environment):
             if actions is not None:
                 action = jnp.where(h == 0, actions, action)
             pair = state * self.num_actions + action
-            following = jnp.where(ended, state, self._follow(for_state, pair))
-            return (following, ended | gather(self.ends, pair)), jnp.where(ended, ~pair, pair)
+            place = self._place(for_state, pair)
+            following = jnp.where(ended, state, gather(self.successor.reshape(-1), place))
+            kept = place if by_outcome else pair
+            return (following, ended | self._ends(pair, place)), jnp.where(ended, ~kept, kept)
 
         # The loop writes one number a step, below 0 after the end, from which all else follows: memory is
         # what a long run waits for, the more so as [H, B] has to become [B, H].
@@ -97,16 +146,17 @@ class TabularEnvironment(Environment):
         (states, _), packed = lax.scan(step, start, jnp.arange(horizon, dtype=jnp.uint32))
         packed = packed.T
         valid = packed >= 0
-        pair = jnp.where(valid, packed, ~packed)
+        place = jnp.where(valid, packed, ~packed)
+        pair = lax.div(place, jnp.full_like(place, self.successor.shape[1])) if by_outcome else place
         state = lax.div(pair, jnp.full_like(pair, self.num_actions))
         following = jnp.concatenate([state[:, 1:], states[:, None]], 1)
-        ends = gather(self.ends, pair)
+        ends = self._ends(pair, place)
         trajectory = Trajectory(
             state,
             state,
             pair - state * self.num_actions,
             gather(table.reshape(-1), pair),
-            gather(self.reward.reshape(-1), pair),
+            self._paid(pair, place),
             following,
             ends,
             jnp.zeros_like(ends),
@@ -114,33 +164,81 @@ class TabularEnvironment(Environment):
         )
         return trajectory, states
 
-    def _follow(self, number: jax.Array, pair: jax.Array) -> jax.Array:
-        slot = pick(number, gather(self.threshold, pair))
-        return gather(self.successor.reshape(-1), pair * self.successor.shape[1] + slot)
+    def _place(self, number: jax.Array, pair: jax.Array) -> jax.Array:
+        """Of the outcome that a number picks for a pair, in the flat tables of outcomes."""
+        return pair * self.successor.shape[1] + pick(number, gather(self.threshold, pair))
+
+    def _ends(self, pair: jax.Array, place: jax.Array) -> jax.Array:
+        return gather(self.ends.reshape(-1), place if self.ends.ndim > 1 else pair)
+
+    def _paid(self, pair: jax.Array, place: jax.Array) -> jax.Array:
+        by_outcome = self.outcome_reward is not None
+        paid = gather(self.outcome_reward.reshape(-1), place) if by_outcome else gather(self.reward.reshape(-1), pair)
+        return paid if self.mask is None else jnp.where(gather(self.mask.reshape(-1), pair), paid, jnp.nan)
 
 
-@jax.jit
-def _tables(flat: MDP) -> tuple[jax.Array, ...]:
-    """Successors and thresholds [S A, K], whether a pair ends [S A], thresholds of the first state [S]."""
+@functools.partial(jax.jit, static_argnames="by_chance")
+def _tables(flat: MDP, chances: jax.Array | None, by_chance: bool) -> tuple[jax.Array, ...]:
+    """Successors and thresholds [S A, K], what ends [S A] or [S A, K], thresholds of the first state [S].
+
+    With the last, 1 where discounts are one number besides 0, else NaN. `by_chance` adds a successor: the end.
+    """
     transition: Any = flat.transition
     pairs = flat.num_states * flat.num_actions
     successor, probability = (jnp.moveaxis(part, 0, -1) for part in (transition.successor, transition.probability))
-    ends = jnp.broadcast_to(flat.discount, flat.reward.shape) == 0
+    discount = jnp.broadcast_to(flat.discount, flat.reward.shape)
+    ends = discount == 0 if chances is None else chances.reshape(flat.reward.shape) == 1
+    if by_chance:
+        # Where a pair always ends the process, it is drawn where it leads, as without chance.
+        chance = jnp.where(ends, 0, chances.reshape(ends.shape)).astype(probability.dtype)[..., None]
+        own = jnp.broadcast_to(jnp.arange(flat.num_states, dtype=successor.dtype)[:, None, None], chance.shape)
+        successor = jnp.concatenate([successor, own], -1)
+        probability = jnp.concatenate([probability * (1 - chance), chance], -1)
+        always = jnp.broadcast_to(ends[..., None], successor.shape)
+        ends = always.at[..., -1].set(True).reshape(pairs, -1)
+    proper = jnp.all((discount == 0) | (discount == jnp.max(discount)))
     return (
         successor.reshape(pairs, -1),
         thresholds(probability).reshape(pairs, -1),
-        ends.reshape(-1),
+        ends if by_chance else ends.reshape(-1),
         thresholds(flat.initial),
+        jnp.where(proper, 1, jnp.nan).astype(flat.reward.dtype),
     )
+
+
+def _given_ends(ends: Any, mdp: MDP) -> jax.Array:
+    """Probabilities of ending, [..., S, A]. Raises InputError."""
+    chances = as_float("ends", ends)
+    if chances.shape not in (mdp.reward.shape, mdp.reward.shape[-2:]):
+        raise InputError(f"ends: expected shape [S, A] = {list(mdp.reward.shape[-2:])}, got {list(chances.shape)}")
+    require_probability("ends", chances, "it is the probability that a pair ends the process")
+    return jnp.broadcast_to(chances, mdp.reward.shape)
+
+
+def _discounted_ends(mdp: MDP) -> np.ndarray:
+    """Probabilities of ending by the discounts, [..., S, A]; 1 where all of a context's are 0. Raises InputError."""
+    shape = mdp.reward.shape
+    discount = np.broadcast_to(np.asarray(mdp.discount), shape)
+    used = np.ones(shape, bool)
+    if mdp.available is not None and is_known(mdp.available):
+        used = np.broadcast_to(np.asarray(mdp.available), shape)
+    largest = np.max(np.where(used, discount, 0), (-2, -1), keepdims=True)
+    _require_one_discount(np.unique(largest))
+    ratio = discount / np.where(largest > 0, largest, 1)
+    return np.where(used, 1 - np.minimum(ratio, 1), 0)  # what nobody may take need not end
+
+
+def _require_one_discount(values: np.ndarray) -> None:
+    values = values[values > 0]
+    if values.size > 1:
+        raise InputError(
+            f"discount: a simulator has one discount besides 0 (the end), the contexts of this MDP have {values.size}, "
+            f"from {values[0]:g} to {values[-1]:g}; use one, or give ends"
+        )
 
 
 def flatten_contexts(mdp: MDP) -> MDP:
     """An MDP with batch axes as one MDP of all their states, by successors; see `TabularEnvironment`."""
-    if mdp.available is not None:
-        raise InputError(
-            "available: a simulator takes every action in every state, this MDP has states with fewer; let the "
-            "others do what one of the available ones does, and give available=None"
-        )
     transition: Any = mdp.transition
     if isinstance(transition, StencilTransition):
         transition = transition.to_successors()
@@ -159,7 +257,7 @@ def flatten_contexts(mdp: MDP) -> MDP:
 
 @jax.jit
 def _flat(mdp: MDP, successor: jax.Array, probability: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays of the one MDP: successors, probabilities, reward, discount, initial distribution."""
+    """Arrays of the one MDP: successors, probabilities, reward, discount, initial distribution, mask."""
     batch, states, actions = mdp.batch_shape, mdp.num_states, mdp.num_actions
     contexts = int(np.prod(batch))
 
@@ -179,6 +277,7 @@ def _flat(mdp: MDP, successor: jax.Array, probability: jax.Array) -> tuple[jax.A
         together(mdp.reward, states, actions).reshape(-1, actions),
         together(discount, states, actions).reshape(-1, actions),
         together(mdp.initial, states).reshape(-1) / contexts,
+        None if mdp.available is None else together(mdp.available, states, actions).reshape(-1, actions),
     )
 
 

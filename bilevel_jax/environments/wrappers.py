@@ -20,6 +20,10 @@ class AutoReset(Environment):
         return self.environment.num_actions
 
     @property
+    def available(self):
+        return self.environment.available
+
+    @property
     def resets(self):
         return True
 
@@ -61,6 +65,10 @@ class TimeLimit(Environment):
     @property
     def num_actions(self):
         return self.environment.num_actions
+
+    @property
+    def available(self):
+        return self.environment.available
 
     def reset(self, key):
         return self.environment.reset(key), jnp.zeros((), jnp.int32)

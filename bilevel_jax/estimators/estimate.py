@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from bilevel_jax.environments import Trajectory, rollout
+from bilevel_jax.environments import Trajectory, require_every_action, rollout
 from bilevel_jax.errors import InputError
 from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut
 from bilevel_jax.estimators.costs import Costs, step_costs
@@ -33,6 +33,7 @@ def sample_groups(
     key: jax.Array, problem: SampledProblem, policy: ActionFunction, batch: int, first: Any = 0
 ) -> Trajectory:
     """N = batch groups of I trajectories, [N, I, H], under a policy. `first`: number of the first group."""
+    require_every_action(problem.environment, "an estimate")
     size = problem.trajectories
     sampled = rollout(
         key,

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.environments import Environment, TabularEnvironment, Trajectory
+from bilevel_jax.environments import Environment, TabularEnvironment, Trajectory, require_every_action
 from bilevel_jax.errors import InputError
 from bilevel_jax.functions import ActionFunction, Table, as_pytree, tabulate
 from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy
@@ -80,7 +80,7 @@ class SampledBilevelProblem(eqx.Module):
       horizon, trajectories: H and I.
 
     Raises:
-      InputError: a regularizer of another kind, a discount outside [0, 1), sizes below 1.
+      InputError: a regularizer of another kind, a discount outside [0, 1), sizes below 1, states with fewer actions.
     """
 
     environment: Environment
@@ -104,6 +104,7 @@ class SampledBilevelProblem(eqx.Module):
         loss_discount: Any = 1.0,
         trajectories: int = 1,
     ):
+        require_every_action(environment, "SampledBilevelProblem")
         self.environment = environment
         self._reward = as_pytree("reward", reward)
         self._regularizer = require_entropy(regularizer)

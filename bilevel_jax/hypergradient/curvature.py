@@ -3,12 +3,14 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.hypergradient.compute import hypergradient
 from bilevel_jax.hypergradient.implicit import Implicit
 from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem
+from bilevel_jax.results import Result
 from bilevel_jax.validation import require_instance
 
 
@@ -45,7 +47,12 @@ def hessian_vector_product(
 @jit
 def _hessian_vector_product(problem, x, direction, method):
     def gradient(x):
-        return hypergradient(problem, x, method=method, with_error=False).gradient
+        made = hypergradient(problem, x, method=method, with_error=False)
+        if method is not None or made.stats is None:
+            return made.gradient
+        # Nobody sees the reports of the default method's iterations.
+        converged = jnp.all(made.solution.result == Result.CONVERGED) & jnp.all(made.stats.result == Result.CONVERGED)
+        return jax.tree.map(lambda leaf: jnp.where(converged, leaf, jnp.nan), made.gradient)
 
     direction = jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), direction, x)
     return jax.jvp(gradient, (x,), (direction,))

@@ -13,6 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel_jax.hypergradient.problem import Problem, lower_level
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
+from bilevel_jax.results import Result
 from bilevel_jax.solvers import Solver, solve
 from bilevel_jax.validation import as_float, plain, require_instance, require_positive, require_setting
 
@@ -114,7 +115,10 @@ class _Near:
     def _at(self, point: jax.Array) -> jax.Array:
         x = self._unravel(point)
         solution = solve(*lower_level(self._problem, x), solver=self._solver, initial_value=self._solution.value)
-        return self._problem.objective(x, solution)
+        phi = self._problem.objective(x, solution)
+        # What a solver of the user's leaves unsolved is in `error`; `Auto()` is to solve.
+        solved = (self._solver is not None) | jnp.all(solution.result == Result.CONVERGED)
+        return jnp.where(solved, phi, jnp.nan)
 
     def report(self, gradient: jax.Array, error: jax.Array | None) -> Hypergradient:
         return Hypergradient(self._value, self._unravel(gradient), self._solution, None, None, error)

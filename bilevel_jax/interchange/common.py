@@ -11,8 +11,12 @@ from scipy import sparse
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
+from bilevel_jax.memory import require_room
 from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
 from bilevel_jax.validation import is_known
+
+# The first correction leaves an error of a rounding or two, which moves the sum again.
+ROUNDS = 3
 
 
 def as_numbers(name: str, value: Any) -> np.ndarray:
@@ -41,11 +45,50 @@ def as_matrix(name: str, value: Any, shape: tuple[int, ...] | None = None) -> An
     return matrix
 
 
-def successors(rows: Any, actions: int, available: np.ndarray | None = None) -> SuccessorTransition:
-    """`rows` as successor lists [K, S, A], K the entries of the fullest row; what is unavailable stays where it is."""
+def bytes_of(entries: int, dtype: Any) -> int:
+    """What so many entries take in a list of successors: an index and a probability each."""
+    return entries * (np.dtype(np.int32).itemsize + np.dtype(dtype).itemsize)
+
+
+def require_room_for_pairs(name: str, states: int, actions: int, pairs: int, given: int) -> None:
+    """Raise InputError if tables [S, A] would be too large for so many pairs that exist; see `require_room`."""
+    # Reward, discount, mask, a successor and its probability.
+    require_room(
+        name,
+        states * actions * (8 + 8 + 1 + 4 + 8),
+        f"tables of {states} states and {actions} actions, of which {pairs} pairs exist,",
+        "number each state's actions from 0 on, and let a state with very many actions choose in stages, as states of "
+        "their own with fewer actions each",
+        given=given,
+    )
+
+
+def successors(
+    rows: Any, actions: int, available: np.ndarray | None = None, given: int | None = None
+) -> SuccessorTransition:
+    """`rows` as successor lists [K, S, A], K the entries of the fullest row; what is unavailable stays where it is.
+
+    Args:
+      given: bytes that the input takes; None: what `rows` do.
+
+    Raises:
+      InputError: one full row among sparse ones makes the lists too large, see `require_room`.
+    """
     pairs, states = rows.shape
     counts = np.diff(rows.indptr)
     slots = max(1, int(counts.max(initial=1)))
+    if given is None:
+        given = bytes_of(rows.nnz, rows.dtype) + rows.indptr.nbytes
+    fullest = int(np.argmax(counts))
+    require_room(
+        "transition",
+        bytes_of(slots * pairs, rows.dtype),
+        f"lists of successors as long as the fullest row's {slots} (state {fullest // actions}, action "
+        f"{fullest % actions}), for {pairs} pairs with {rows.nnz / pairs:.3g} on average,",
+        "let the full row go through intermediate states, give a DenseTransition where S is small, or a "
+        "MatrixFreeTransition that sums over the matrix's entries (docs/interchange.md)",
+        given=given,
+    )
     own = np.arange(pairs, dtype=np.int32) // actions
     successor = np.tile(own, (slots, 1))
     probability = np.zeros((slots, pairs), rows.dtype)
@@ -107,6 +150,34 @@ def rows_of(transition: Transition) -> Any:
     )
 
 
+def sums_to_one(probability: np.ndarray) -> np.ndarray:
+    """float64[..., S] with rows divided by their sums, as near to 1 as numpy's sums of them can tell.
+
+    Peers check sums in float64: pymdptoolbox to 2e-15, which rows of float32 miss by 1e-7 and long rows by rounding.
+    """
+    rows = np.array(probability, np.float64)
+    rows /= rows.sum(-1, keepdims=True)
+    largest = np.argmax(rows, -1)[..., None]
+    for _ in range(ROUNDS):
+        over = rows.sum(-1, keepdims=True) - 1
+        np.put_along_axis(rows, largest, np.take_along_axis(rows, largest, -1) - over, -1)
+    return rows
+
+
+def rows_sum_to_one(rows: Any) -> Any:
+    """The same of a CSR matrix, by the sums that scipy makes."""
+    matrix = rows.astype(np.float64)
+    lengths = np.diff(matrix.indptr)
+    filled = np.flatnonzero(lengths)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    matrix.data /= matrix.sum(1)[row]
+    order = np.lexsort((matrix.data, row))
+    largest = order[matrix.indptr[1:][filled] - 1]
+    for _ in range(ROUNDS):
+        matrix.data[largest] -= matrix.sum(1)[filled] - 1
+    return matrix
+
+
 def by_action(matrix: Any, actions: int) -> list[Any]:
     """Rows [S A, S] as A matrices [S, S]."""
     return [matrix[action::actions] for action in range(actions)]
@@ -148,8 +219,9 @@ def with_end_state(mdp: MDP, one_action: bool) -> MDP:
     last = np.arange(actions)[None] == 0 if one_action else np.ones((1, actions), bool)
     mask = np.concatenate([available, last])
     kept = None if mask.all() else mask
+    given = sum(leaf.nbytes for leaf in jax.tree.leaves(mdp.transition))
     return MDP(
-        successors(rows, actions, kept),
+        successors(rows, actions, kept, given),
         np.concatenate([np.asarray(mdp.reward), np.zeros((1, actions), mdp.reward.dtype)]),
         largest,
         np.append(np.asarray(mdp.initial), np.zeros((), mdp.reward.dtype)),

@@ -7,8 +7,16 @@ import numpy as np
 from scipy import sparse
 
 from bilevel_jax.errors import InputError
-from bilevel_jax.interchange.common import as_matrix, as_numbers, successors
+from bilevel_jax.interchange.common import (
+    as_matrix,
+    as_numbers,
+    bytes_of,
+    require_room_for_pairs,
+    successors,
+)
 from bilevel_jax.mdp import MDP
+from bilevel_jax.memory import require_room
+from bilevel_jax.transitions import SuccessorTransition
 
 
 def read(env: Any, discount: Any, initial: Any) -> MDP:
@@ -18,16 +26,13 @@ def read(env: Any, discount: Any, initial: Any) -> MDP:
     pair gets the discount d (1 - e) and the successors that do not terminate, by their probability given
     that. This is exact for every regularizer, whatever the table says of the terminal states themselves.
     """
-    inner = getattr(env, "unwrapped", env)
-    table = inner if isinstance(inner, Mapping) else getattr(inner, "P", None)
-    if not isinstance(table, Mapping | list | tuple) or len(table) == 0:
-        raise InputError(
-            f"env: expected a tabular gymnasium environment, with a table `P` (FrozenLake, Taxi, CliffWalking), or "
-            f"that table, got {type(inner).__name__}"
-        )
+    inner, table = _table(env)
     states = len(table)
     choices = [_choices(table, state) for state in range(states)]
     actions = 1 + max((action for mine in choices for action in mine), default=-1)
+    pairs = sum(len(mine) for mine in choices)
+    given = bytes_of(sum(len(outcomes) for mine in choices for outcomes in mine.values()), float)
+    require_room_for_pairs("env", states, actions, pairs, given)
     reward = np.zeros((states, max(actions, 1)))
     goes, available = np.ones_like(reward), np.zeros(reward.shape, bool)
     pair, following, chance = [], [], []
@@ -52,8 +57,57 @@ def read(env: Any, discount: Any, initial: Any) -> MDP:
         initial = getattr(inner, "initial_state_distrib", None)
     if (goes < 1).any():
         discount = as_numbers("discount", discount) * goes
-    kernel = successors(rows, reward.shape[1], mask)
+    kernel = successors(rows, reward.shape[1], mask, given)
     return MDP(kernel, reward, discount, initial, mask)
+
+
+def read_outcomes(env: Any, initial: Any) -> tuple[MDP, np.ndarray, np.ndarray]:
+    """(MDP, rewards, ends) of a table as it is: for a simulator, see `TabularEnvironment.from_gymnasium`.
+
+    Outcome k of a pair is slot k of the MDP's successor lists [K, S, A], also where it terminates; its reward and
+    whether it terminates are [S, A, K]. The MDP's discount has no meaning.
+    """
+    inner, table = _table(env)
+    states = len(table)
+    choices = [_choices(table, state) for state in range(states)]
+    actions = max(1, 1 + max((action for mine in choices for action in mine), default=-1))
+    listed = {(s, a): _kept(o, s, a, states) for s, mine in enumerate(choices) for a, o in mine.items()}
+    count, slots = sum(map(len, listed.values())), max([1, *map(len, listed.values())])
+    given = bytes_of(count, float)
+    require_room_for_pairs("env", states, actions, len(listed), given)
+    what = f"lists as long as those of the pair with {slots} outcomes, for {states * actions} pairs,"
+    require_room(
+        "env", states * actions * slots * 21, what, "split that pair's outcomes over several states", given=given
+    )
+    successor = np.tile(np.arange(states)[:, None, None], (1, actions, slots))
+    probability, reward = np.zeros(successor.shape), np.zeros(successor.shape)
+    ends = np.zeros(successor.shape, bool)
+    probability[..., 0] = 1
+    for pair, outcomes in listed.items():
+        if outcomes:
+            chance, *rest = (np.array(column) for column in zip(*outcomes, strict=True))
+            slot = slice(len(outcomes))
+            probability[pair][slot] = chance / chance.sum()
+            successor[pair][slot], reward[pair][slot], ends[pair][slot] = rest
+    available = np.zeros((states, actions), bool)
+    for pair, outcomes in listed.items():
+        available[pair] = bool(outcomes)
+    kernel = SuccessorTransition(np.moveaxis(successor, -1, 0), np.moveaxis(probability, -1, 0))
+    first = getattr(inner, "initial_state_distrib", None) if initial is None else initial
+    mean = np.sum(probability * reward, -1)
+    return MDP(kernel, mean, 0.5, first, None if available.all() else available), reward, ends
+
+
+def _table(env: Any) -> tuple[Any, Any]:
+    """The environment without wrappers, and its table. Raises InputError."""
+    inner = getattr(env, "unwrapped", env)
+    table = inner if isinstance(inner, Mapping) else getattr(inner, "P", None)
+    if not isinstance(table, Mapping | list | tuple) or len(table) == 0:
+        raise InputError(
+            f"env: expected a tabular gymnasium environment, with a table `P` (FrozenLake, Taxi, CliffWalking), or "
+            f"that table, got {type(inner).__name__}"
+        )
+    return inner, table
 
 
 def _choices(table: Any, state: int) -> dict[int, Any]:

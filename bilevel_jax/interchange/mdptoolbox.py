@@ -14,7 +14,9 @@ from bilevel_jax.interchange.common import (
     dense,
     require_exportable,
     rows_of,
+    rows_sum_to_one,
     successors,
+    sums_to_one,
     the_discount,
 )
 from bilevel_jax.mdp import MDP
@@ -74,7 +76,8 @@ def write(mdp: MDP) -> tuple[Any, np.ndarray, float]:
         )
     kernel = mdp.transition
     if isinstance(kernel, DenseTransition):
-        matrices: Any = np.ascontiguousarray(np.moveaxis(np.asarray(kernel.probability), 1, 0))
+        matrices: Any = sums_to_one(np.ascontiguousarray(np.moveaxis(np.asarray(kernel.probability), 1, 0)))
     else:
-        matrices = [sparse.csr_matrix(m) for m in by_action(rows_of(kernel), mdp.num_actions)]
-    return matrices, np.asarray(mdp.reward), the_discount(mdp)
+        rows = rows_sum_to_one(rows_of(kernel))
+        matrices = [sparse.csr_matrix(m) for m in by_action(rows, mdp.num_actions)]
+    return matrices, np.asarray(mdp.reward, np.float64), the_discount(mdp)

@@ -9,15 +9,20 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.interchange.common import (
     as_matrix,
     as_numbers,
+    bytes_of,
     dense,
     joined_reward,
     require_exportable,
+    require_room_for_pairs,
     rows_of,
+    rows_sum_to_one,
     split_reward,
     successors,
+    sums_to_one,
     the_discount,
 )
 from bilevel_jax.mdp import MDP
+from bilevel_jax.memory import require_room
 from bilevel_jax.transitions import DenseTransition
 
 
@@ -57,17 +62,28 @@ def _of_pairs(reward, transition, discount, s_indices, a_indices, initial) -> MD
         raise InputError(f"reward: expected shape [L] = [{pairs}], one for each row, got {list(reward.shape)}")
     actions = 1 + int(a.max(initial=0))
     index = s * actions + a
-    if len(np.unique(index)) < pairs:
-        first = int(np.flatnonzero(np.bincount(index) > 1)[0])
+    found, times = np.unique(index, return_counts=True)
+    if len(found) < pairs:
+        first = int(found[times > 1][0])
         raise InputError(f"s_indices: the pair of state {first // actions} and action {first % actions} stands twice")
+    given = bytes_of(matrix.nnz, matrix.dtype) + pairs * 8
+    require_room_for_pairs("a_indices", states, actions, pairs, given)
     table = np.full(states * actions, -np.inf, reward.dtype)
     table[index] = reward
     table, available = split_reward(table.reshape(states, actions))
     rows = sparse.coo_array(matrix)
     placed = sparse.coo_array((rows.data, (index[rows.coords[0]], rows.coords[1])), shape=(states * actions, states))
     if sparse.issparse(transition):
-        kernel: Any = successors(as_matrix("transition", placed), actions, available)
+        kernel: Any = successors(as_matrix("transition", placed), actions, available, given)
     else:
+        size = matrix.dtype.itemsize
+        require_room(
+            "transition",
+            states * actions * states * size,
+            f"a dense transition of {states} states and {actions} actions, of which {pairs} pairs exist,",
+            "give the rows as a scipy sparse matrix, and number each state's actions from 0 on",
+            given=pairs * states * size,
+        )
         kernel = dense(placed.toarray().reshape(states, actions, states), available)
     return MDP(kernel, table, discount, initial, available)
 
@@ -86,11 +102,11 @@ def _indices(name: str, value: Any, pairs: int, limit: int | None) -> np.ndarray
 def write(mdp: MDP) -> tuple[Any, ...]:
     """See `MDP.to_quantecon`."""
     require_exportable(mdp)
-    reward, discount, kernel = joined_reward(mdp), the_discount(mdp), mdp.transition
+    reward, discount, kernel = joined_reward(mdp).astype(np.float64), the_discount(mdp), mdp.transition
     if isinstance(kernel, DenseTransition):
-        return reward, np.asarray(kernel.probability), discount
+        return reward, sums_to_one(np.asarray(kernel.probability)), discount
     pairs = np.flatnonzero(reward.reshape(-1) != -np.inf)
-    rows = rows_of(kernel)[pairs]
+    rows = rows_sum_to_one(rows_of(kernel))[pairs]
     return (
         reward.reshape(-1)[pairs],
         sparse.csr_matrix(rows),

@@ -15,7 +15,7 @@ import numpy as np
 
 from bilevel_jax.evaluation import policy_value
 from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.grid import Grid, move_lists, parse_map
+from bilevel_jax.problems.grid import Grid, map_rows, move_lists, parse_map
 from bilevel_jax.problems.options import as_fraction, as_number
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
@@ -86,7 +86,7 @@ class EnvironmentDesign(eqx.Module):
     rows: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, options: EnvironmentDesignOptions):
-        self.rows = options.rows
+        self.rows = map_rows(options.rows)
         grid = self.grid
         self.moves = jnp.asarray(grid.moves(), jnp.int32)
         self.place = jnp.asarray(np.flatnonzero(grid.marked("o", "place for an obstacle")), jnp.int32)

@@ -16,8 +16,8 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.grid import Grid, dynamics, parse_map
-from bilevel_jax.problems.options import as_fraction
+from bilevel_jax.problems.grid import Grid, dynamics, map_rows, parse_map
+from bilevel_jax.problems.options import as_fraction, require_size
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
@@ -39,6 +39,7 @@ ROWS = (
     "x     x    gx",
     "xxxxxxxxxxxxx",
 )
+MOST_STEPS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,7 @@ class FourRooms(eqx.Module):
     rows: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, options: FourRoomsOptions):
-        self.rows = options.rows
+        self.rows = map_rows(options.rows)
         grid = self.grid
         doors = grid.marked("d")
         closed = as_fraction(options, "closed", "0 leaves the doors open")
@@ -128,7 +129,8 @@ class FourRooms(eqx.Module):
         if options.penalties == "doors":
             grid.marked("d", "door")
         self.place = jnp.asarray(np.flatnonzero(doors | (options.penalties == "cells")), jnp.int32)
-        self.horizon = options.horizon
+        require_size(options, "horizon", most=MOST_STEPS)
+        self.horizon = int(options.horizon)
         mdp = self.mdp(jnp.zeros(self.place.size + 1))  # checks the discount where it is known
         by_successor = dynamics(grid, options.slip, "successor", entry)
         self.environment = TabularEnvironment(mdp.replace(transition=by_successor))

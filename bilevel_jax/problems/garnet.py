@@ -71,7 +71,7 @@ class Garnet(eqx.Module):
         self.discount = as_float("discount", options.discount, float)
         self.temperature = ShannonEntropy(options.temperature).temperature
         self.price = as_float("price", options.price, float)
-        self.horizon = options.horizon
+        self.horizon = int(options.horizon)
         self.environment = TabularEnvironment(self.mdp(jnp.zeros(pairs)))  # checks the discount where it is known
 
     @property

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.memory import require_room
 from bilevel_jax.transitions import DenseTransition, StencilTransition, SuccessorTransition, Transition
 from bilevel_jax.validation import as_float, require_fraction
 
@@ -66,9 +67,14 @@ class Grid(NamedTuple):
         return np.where(destination >= 0, destination, np.arange(len(self.cells))[:, None])
 
 
+def map_rows(rows: str | Sequence[str]) -> tuple[str, ...]:
+    """The rows of a map, given as a text or as its rows: hashable, as static parts of a problem have to be."""
+    return tuple(rows.strip("\n").split("\n") if isinstance(rows, str) else rows)
+
+
 def parse_map(rows: str | Sequence[str]) -> Grid:
     """Parse a map, a text or its rows. Raises InputError if it is not rectangular or has no cell."""
-    rows = rows.strip("\n").split("\n") if isinstance(rows, str) else rows
+    rows = map_rows(rows)
     if not rows:
         raise InputError("rows: the map is empty; give at least one row")
     if len({len(row) for row in rows}) != 1:
@@ -100,6 +106,13 @@ def dynamics(grid: Grid, slip: jax.Array | float, kind: str, entry: jax.Array | 
         return StencilTransition.from_successors(lists, grid.shape())
     if kind != "dense":
         raise InputError(f"transition: expected 'dense', 'successor' or 'stencil', got {kind!r}")
+    states, actions = lists.shape
+    # The kernel, its checks, and the copy that an MDP makes of it.
+    size = 3 * states * actions * states * lists.dtype.itemsize
+    remedy = "take a smaller map, or transition='successor'"
+    if states * actions * states >= 2**31:  # XLA aborts the process
+        raise InputError(f"rows: a dense transition of {states} cells has 2^31 entries or more; {remedy}")
+    require_room("rows", size, f"a dense transition of {states} cells", remedy)
     return DenseTransition(_dense(lists.successor, lists.probability))
 
 

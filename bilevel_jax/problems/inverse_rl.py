@@ -11,21 +11,29 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from bilevel_jax.bellman import action_values, backup
 from bilevel_jax.environments import TabularEnvironment, rollout
-from bilevel_jax.errors import InputError
+from bilevel_jax.errors import ConvergenceError, InputError
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.occupancy import occupancy
-from bilevel_jax.problems.grid import Grid, dynamics, parse_map
-from bilevel_jax.problems.options import as_fraction, as_number, require_seed, require_size
+from bilevel_jax.problems.demonstrations import visits_of_file
+from bilevel_jax.problems.grid import Grid, dynamics, map_rows, parse_map
+from bilevel_jax.problems.options import (
+    as_fraction,
+    as_number,
+    refuse_unused,
+    require_room_for,
+    require_seed,
+    require_size,
+)
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import Regularizer, ShannonEntropy
+from bilevel_jax.results import check, where_converged
+from bilevel_jax.solvers import solve
 from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import as_float, require_finite
+from bilevel_jax.validation import as_float, is_known, require_finite
 
 ROWS = (
     "xxxxxxxxx",
@@ -35,7 +43,7 @@ ROWS = (
     "x.....~gx",
     "xxxxxxxxx",
 )
-MOST_SWEEPS = 100_000
+ESTIMATORS = ("likelihood", "visits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,10 @@ class InverseRLOptions:
     features: of the reward model: "ground", a weight for each kind; "state", for each cell; or "pair".
     demonstrations: how many are drawn; 0 has their expectation instead.
     length: steps of a drawn demonstration.
+    demonstrations_file: .npz or .csv with demonstrations of your own instead of the expert's, relative to the config
+      (in Python, to the working directory); see `bilevel_jax.problems.demonstrations`.
+    estimator: "likelihood", x makes the demonstrations most likely; or "visits", x has the features visited as often
+      as in them, as MCE-IRL does.
     discount, temperature: of the expert and of the model.
     slip: probability that another move than the chosen one is made.
     ridge: weight of |x|^2 / 2 in the objective.
@@ -60,6 +72,8 @@ class InverseRLOptions:
     features: str = "ground"
     demonstrations: int = 0
     length: int = 50
+    demonstrations_file: str = dataclasses.field(default="", metadata={"path": True})
+    estimator: str = "likelihood"
     discount: float = 0.9
     temperature: float = 1.0
     slip: float = 0.1
@@ -70,20 +84,32 @@ class InverseRLOptions:
 class InverseRL(eqx.Module):
     """The problem. The upper variable is x[F], the reward is features @ x: of a kind of ground, a cell or a pair.
 
-    The upper level minimises -sum_sa visits[s, a] log pi_x(a|s) + ridge |x|^2 / 2, pi_x the soft optimal
-    policy. `visits` is the expert's discounted occupancy, or the mean over drawn demonstrations of
-    sum_t discount^t 1{s_t = s, a_t = a}; the expert is itself the soft optimal policy of its reward.
+    `visits` is the expert's discounted occupancy, or the mean over demonstrations of
+    sum_t discount^t 1{s_t = s, a_t = a}; the expert is itself the soft optimal policy of its reward. The upper level
+    minimises, with the estimator "likelihood" and pi_x the soft optimal policy,
+      -sum_sa visits[s, a] log pi_x(a|s) + ridge |x|^2 / 2,
+    and with "visits"
+      (initial' V_x - sum_sa visits[s, a] reward_x[s, a]) / temperature + ridge |x|^2 / 2,
+    the dual of maximum causal entropy. The gradient of the latter without ridge is
+    (features' (d_x - visits)) / temperature, d_x the model's occupancy: at its minimum, features are visited as often
+    as in the demonstrations. It is convex. For "visits", visits are scaled to the sum of an occupancy,
+    1 / (1 - discount), as demonstrations that end are too short by discount^length: without that the sum over all
+    features, which no reward changes, could not match.
 
-    With the occupancy of any policy, the gradient without ridge is (features' (d_x - visits)) / temperature,
-    d_x the model's occupancy: at the minimum features are visited as often as the expert visits them, which
-    is the dual of maximum causal entropy. The objective is then convex. Rewards that differ by a constant
-    have the same policy, so that some direction of x is flat.
+    For the occupancy of any policy the two are one function, as -sum visits log pi telescopes. For demonstrations
+    that are a sample they are two estimators: "visits" takes the successors that happened to be drawn for what the
+    expert wanted, the likelihood looks at the actions alone, given the states. Both are consistent. Features that
+    the demonstrations never (or always) visit have no finite weight in either; give a ridge.
+
+    Rewards that differ by a constant have the same policy, so that some direction of x is flat.
 
     What the upper level pays depends on demonstrations and policy, not on trajectories of the agent: this
     is no `bilevel_jax.SampledProblem`.
 
     Raises:
-      InputError: letters without a kind, sizes, a seed, texts or numbers out of range.
+      InputError: letters without a kind, sizes, a seed, texts or numbers out of range, a file that cannot be read as
+        demonstrations on this map, or options that have no effect beside it.
+      ConvergenceError: the expert's policy could not be computed. Where options are traced, visits are NaN then.
     """
 
     transition: SuccessorTransition
@@ -94,9 +120,10 @@ class InverseRL(eqx.Module):
     temperature: jax.Array
     ridge: jax.Array
     rows: tuple[str, ...] = eqx.field(static=True)
+    estimator: str = eqx.field(static=True)
 
     def __init__(self, options: InverseRLOptions):
-        self.rows = options.rows
+        self.rows = map_rows(options.rows)
         grid = self.grid
         ground = _ground(grid, options)
         starts = grid.marked("s", "start", once=True) if "s" in grid.letters else np.ones(len(ground))
@@ -105,21 +132,19 @@ class InverseRL(eqx.Module):
         assert isinstance(transition, SuccessorTransition)
         self.transition = transition
         states, actions = transition.shape
-        kinds = {
-            "ground": np.repeat(ground[:, None], actions, 1),
-            "state": np.repeat(np.eye(states)[:, None], actions, 1),
-            "pair": np.eye(states * actions).reshape(states, actions, -1),
-        }
-        if options.features not in kinds:
-            raise InputError(f"features: expected one of {', '.join(kinds)}, got {options.features!r}")
-        self.features = jnp.asarray(kinds[options.features], float)
+        self.features = jnp.asarray(_features(ground, actions, options.features), float)
+        if options.estimator not in ESTIMATORS:
+            raise InputError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {options.estimator!r}")
+        self.estimator = options.estimator
         self.discount = as_fraction(options, "discount", "for long horizons use e.g. 0.99")
         self.temperature = ShannonEntropy(options.temperature).temperature
         self.ridge = as_number(options, "ridge", 0, "0 leaves the weights free")
         expert = as_float("expert", options.expert, float, (len(options.grounds),))
         require_finite("expert", expert)
         reward = jnp.broadcast_to((jnp.asarray(ground, float) @ expert)[:, None], (states, actions))
-        self.visits = _demonstrate(self._process(reward), self.regularizer(None), options)
+        visits = _visits(self._process(reward), self.regularizer(None), options)
+        scale = 1 if self.estimator == "likelihood" else 1 / ((1 - self.discount) * jnp.sum(visits))
+        self.visits = visits * scale
 
     @property
     def grid(self) -> Grid:
@@ -138,8 +163,11 @@ class InverseRL(eqx.Module):
         return ShannonEntropy(self.temperature)
 
     def objective(self, x, solution):
-        log_policy = (solution.q - solution.value[:, None]) / self.temperature
-        return -jnp.sum(self.visits * log_policy) + self.ridge * jnp.sum(x**2) / 2
+        if self.estimator == "likelihood":
+            gap = jnp.sum(self.visits * (solution.value[:, None] - solution.q))
+        else:
+            gap = self.initial @ solution.value - jnp.sum(self.visits * (self.features @ x))
+        return gap / self.temperature + self.ridge * jnp.sum(x**2) / 2
 
     def panels(self, x, solution):
         visits, policy = np.asarray(self.visits), np.asarray(solution.policy)
@@ -169,37 +197,56 @@ def _ground(grid: Grid, options: InverseRLOptions) -> np.ndarray:
     return (letters[:, None] == np.array(list(options.grounds))).astype(float)
 
 
-def _demonstrate(mdp: MDP, regularizer: Regularizer, options: InverseRLOptions) -> jax.Array:
-    """How often each pair is visited, discounted, where the policy is optimal; expected or in a sample."""
+def _features(ground: np.ndarray, actions: int, kind: str) -> np.ndarray:
+    """[S, A, F] of a kind, from the one-hot grounds [S, F]."""
+    states = len(ground)
+    sizes = {"ground": ground.shape[1], "state": states, "pair": states * actions}
+    if kind not in sizes:
+        raise InputError(f"features: expected one of {', '.join(sizes)}, got {kind!r}")
+    require_room_for("features", states, actions, sizes[kind], copies=2)
+    if kind == "pair":
+        return np.eye(states * actions).reshape(states, actions, -1)
+    return np.repeat((ground if kind == "ground" else np.eye(states))[:, None], actions, 1)
+
+
+def _visits(mdp: MDP, regularizer: Regularizer, options: InverseRLOptions) -> jax.Array:
+    """How often each pair is visited, discounted: by the optimal policy, by drawn demonstrations, or by a file's."""
     require_size(options, "demonstrations", least=0, most=1_000_000)
     require_size(options, "length")
     require_seed(options)
-    policy = regularizer.policy(action_values(mdp, _optimal_value(mdp, regularizer)))
+    if options.demonstrations_file:
+        unused = ("expert", "demonstrations", "length", "seed")
+        refuse_unused(
+            options, unused, "has no effect beside demonstrations_file, whose demonstrations are used instead"
+        )
+        return visits_of_file(options.demonstrations_file, mdp)
+    policy = _expert_policy(mdp, regularizer)
     if not options.demonstrations:
-        return occupancy(mdp, policy)
+        refuse_unused(options, ("length",), "has no effect unless demonstrations are drawn (their number is 0)")
+        return _require_known_visits(occupancy(mdp, policy))
+    require_room_for("demonstrations", options.demonstrations, options.length, copies=8)
     # A simulator needs only to know that no pair ends the process.
     simulator = TabularEnvironment(mdp.replace(discount=jnp.full_like(mdp.discount, 0.5)))
     key = jax.random.key(options.seed)
     drawn = rollout(key, simulator, Table(policy), batch=options.demonstrations, horizon=options.length)
     weight = mdp.discount ** jnp.arange(options.length, dtype=mdp.discount.dtype) / options.demonstrations
-    return jnp.zeros_like(policy).at[drawn.observation, drawn.action].add(weight)
+    visits = jnp.zeros_like(policy).at[drawn.observation, drawn.action].add(weight)
+    return jnp.where(jnp.isfinite(policy), visits, jnp.nan)
 
 
-def _optimal_value(mdp: MDP, regularizer: Regularizer) -> jax.Array:
-    """V = T V to working precision, by sweeps: problems stand below the solvers."""
-    eps = jnp.finfo(mdp.reward.dtype).eps
+def _expert_policy(mdp: MDP, regularizer: Regularizer) -> jax.Array:
+    """The optimal policy, [S, A]. Raises ConvergenceError without one; where numbers are traced, it is NaN then."""
+    solution = solve(mdp, regularizer)
+    if is_known(solution.result):
+        return check(solution).policy
+    return where_converged(solution.result, solution.policy)
 
-    def goes_on(carry):
-        value, change, sweeps = carry
-        return (change > 4 * eps * jnp.max(jnp.abs(value))) & (sweeps < MOST_SWEEPS)
 
-    def sweep(carry):
-        value, _, sweeps = carry
-        following = backup(mdp, regularizer, value)
-        return following, jnp.max(jnp.abs(following - value)), sweeps + 1
-
-    first = backup(mdp, regularizer, jnp.zeros_like(mdp.initial))
-    return lax.while_loop(goes_on, sweep, (first, jnp.full((), jnp.inf, first.dtype), 0))[0]
+def _require_known_visits(visits: jax.Array) -> jax.Array:
+    """Raise ConvergenceError where a linear solve did not converge, which `occupancy` says by NaN."""
+    if is_known(visits) and not np.isfinite(np.asarray(visits)).all():
+        raise ConvergenceError("expert: the linear solve for its visits did not converge; lower the discount")
+    return visits
 
 
 register("inverse_rl", InverseRLOptions, InverseRL)

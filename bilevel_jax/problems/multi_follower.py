@@ -14,7 +14,7 @@ import numpy as np
 
 from bilevel_jax.mdp import MDP
 from bilevel_jax.occupancy import occupancy
-from bilevel_jax.problems.options import as_fraction, as_number, require_seed, require_size
+from bilevel_jax.problems.options import as_fraction, as_number, require_room_for, require_seed, require_size
 from bilevel_jax.problems.panels import Panel, pair_panel
 from bilevel_jax.problems.random_process import random_successors
 from bilevel_jax.problems.registry import register
@@ -95,6 +95,8 @@ class MultiFollower(eqx.Module):
         variety = as_number(options, "variety", 0, "0 is one reward for all, 1 independent ones", most=1)
 
         pairs = (options.states, options.actions)
+        require_room_for("followers", options.followers, *pairs, copies=3)
+        require_room_for("features", *pairs, max(1, options.features), copies=2)
         keys = jax.random.split(jax.random.key(options.seed), 6)
         self.transition = SuccessorTransition(*random_successors(keys[:2], pairs, options.states, options.branching))
         common, own = jax.random.normal(keys[2], pairs), jax.random.normal(keys[3], (options.followers, *pairs))

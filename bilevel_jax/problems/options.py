@@ -1,12 +1,16 @@
 """Checks of options that several problems have: sizes, seeds and numbers."""
 
+import dataclasses
 import math
+import operator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.errors import InputError
+from bilevel_jax.memory import require_room
 from bilevel_jax.validation import (
     as_float,
     is_known,
@@ -19,16 +23,51 @@ from bilevel_jax.validation import (
 MOST = 10_000
 
 
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number; True, which Python takes for 1, is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def require_whole(options: Any, *names: str) -> None:
+    """Raise InputError if one of the options is no whole number."""
+    for name in names:
+        if not is_whole(getattr(options, name)):
+            raise InputError(f"{name}: expected a whole number, got {getattr(options, name)!r}")
+
+
 def require_size(options: Any, name: str, *, least: int = 1, most: int = MOST, why: str = "") -> None:
     """Raise InputError if the option is no whole number from `least` to `most`; `why` explains the limits."""
     size = getattr(options, name)
-    if not isinstance(size, int | np.integer) or not least <= size <= most:
+    if not is_whole(size) or not least <= size <= most:
         raise InputError(f"{name} must be a whole number from {least} to {most}{why and f' ({why})'}, got {size!r}")
+
+
+def refuse_unused(options: Any, names: tuple[str, ...], why: str) -> None:
+    """Raise InputError if one of the options, none of which has an effect for the reason given, is not the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name in names:
+        value = getattr(options, name)
+        value = tuple(value) if isinstance(value, list) else value
+        traced = isinstance(value, jax.Array) and not is_known(value)  # a sweep's, which has checked its points
+        if not traced and not np.array_equal(np.asarray(value), np.asarray(defaults[name])):
+            raise InputError(f"{name}: {why}; leave it out")
+
+
+def require_room_for(name: str, *shape: int, copies: int = 1) -> None:
+    """Raise InputError if a floating-point array of a shape, held in so many copies at a time, has no room.
+
+    `name` is that of the options that make it large.
+    """
+    size = copies * math.prod(map(operator.index, shape)) * jnp.result_type(float).itemsize
+    require_room(name, size, f"{'an array' if copies == 1 else f'{copies} arrays'} {list(shape)}", "take smaller sizes")
 
 
 def require_seed(options: Any) -> None:
     """Raise InputError if the option `seed` is known to be none; a traced one passes."""
-    if isinstance(options.seed, int) and not 0 <= options.seed < 2**32:
+    if isinstance(options.seed, jax.Array):
+        return
+    require_whole(options, "seed")
+    if not 0 <= options.seed < 2**32:
         raise InputError(f"seed must be at least 0 and below 2^32, got {options.seed}")
 
 

@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from bilevel_jax.problems.options import require_room_for
+
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def random_successors(keys: jax.Array, pairs: tuple[int, ...], states: int, branching: int) -> tuple[jax.Array, ...]:
@@ -13,7 +15,11 @@ def random_successors(keys: jax.Array, pairs: tuple[int, ...], states: int, bran
     Args:
       keys: two, [2].
       pairs: axes of what has successors, such as (S, A).
+
+    Raises:
+      InputError: the order of all states that each pair draws from has no room.
     """
+    require_room_for("states, actions", *pairs, states, copies=3)  # random numbers, and their order twice
     order = jnp.argsort(jax.random.uniform(keys[0], (*pairs, states)), -1)
     weight = jax.random.exponential(keys[1], (branching, *pairs)) + 1e-3
     successor = jnp.moveaxis(order[..., :branching], -1, 0).astype(jnp.int32)

@@ -16,7 +16,8 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.grid import dynamics, parse_map
+from bilevel_jax.problems.grid import dynamics, map_rows, parse_map
+from bilevel_jax.problems.options import refuse_unused, require_whole
 from bilevel_jax.problems.panels import Curves, grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
@@ -110,9 +111,9 @@ class RewardShaping(eqx.Module):
             require_finite(name, getattr(self, name))
             require_at_least(name, getattr(self, name), 0, "0 is none")
         self.temperature = ShannonEntropy(options.temperature).temperature
-        self.horizon = options.horizon
+        self.horizon = int(options.horizon)
         self.by_pair = options.bonus == "pair"
-        self.rows = options.rows if options.layout == "grid" else None
+        self.rows = map_rows(options.rows) if options.layout == "grid" else None
         # A simulator needs only to know which pairs end the process.
         self.environment = TabularEnvironment(self._process(true[:, None], jnp.asarray(0.5, float)))
 
@@ -206,6 +207,9 @@ def _check(options: RewardShapingOptions) -> None:
     for name, valid in (("layout", ("chain", "grid")), ("bonus", ("state", "pair"))):
         if getattr(options, name) not in valid:
             raise InputError(f"{name}: expected {valid[0]!r} or {valid[1]!r}, got {getattr(options, name)!r}")
+    require_whole(options, "states", "horizon")
+    unused = "rows" if options.layout == "chain" else "states"
+    refuse_unused(options, (unused,), f"has no effect in the layout {options.layout!r}")
     if not 3 <= options.states <= MOST:
         limit = "at least 3 (exit, start and goal)" if options.states < 3 else f"at most {MOST}"
         raise InputError(f"states must be {limit}, got {options.states}")

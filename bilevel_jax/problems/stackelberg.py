@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.evaluation import policy_value
 from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.options import as_fraction, as_number, require_seed, require_size
+from bilevel_jax.problems.options import as_fraction, as_number, require_room_for, require_seed, require_size
 from bilevel_jax.problems.panels import Panel, pair_panel
 from bilevel_jax.problems.random_process import random_successors
 from bilevel_jax.problems.registry import register
@@ -77,6 +77,7 @@ class Stackelberg(eqx.Module):
         self.temperature = ShannonEntropy(options.temperature).temperature
         alignment = as_number(options, "alignment", -1, "-1 is zero-sum, 1 is common interest", most=1)
         shape = (options.leader_actions, options.states, options.actions)
+        require_room_for("states, actions", options.branching, *shape, copies=4)
         keys = jax.random.split(jax.random.key(options.seed), 4)
         self.successor, self.probability = random_successors(keys[:2], shape, options.states, options.branching)
         self.follower_reward, own = (jax.random.normal(key, shape) for key in keys[2:])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.options import require_seed
+from bilevel_jax.problems.options import require_room_for, require_seed, require_whole
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import ShannonEntropy
@@ -71,12 +71,15 @@ class Synthetic(eqx.Module):
 
 def synthetic(options: SyntheticOptions) -> Synthetic:
     """Draw a problem. Raises InputError for sizes, a seed, a discount or a temperature out of range."""
+    require_whole(options, "states", "actions", "dimension")
     for name, least in (("states", 2), ("actions", 1), ("dimension", 1)):
         size = getattr(options, name)
         if not least <= size <= MOST:
             limit = f"at least {least}" if size < least else f"at most {MOST}"
             raise InputError(f"{name} must be {limit}, got {size}")
     require_seed(options)
+    require_room_for("states, actions", options.states, options.actions, options.states, copies=3)
+    require_room_for("dimension", options.dimension, options.dimension, copies=2)
     key = jax.random.key(options.seed)
     transition, coefficient, matrix = _draw(key, options.states, options.actions, options.dimension)
     problem = Synthetic(

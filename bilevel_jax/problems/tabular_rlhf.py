@@ -19,7 +19,7 @@ from bilevel_jax.evaluation import policy_value
 from bilevel_jax.functions import Table
 from bilevel_jax.mdp import MDP
 from bilevel_jax.preferences import Teacher, log_likelihood, segment_return
-from bilevel_jax.problems.options import require_seed
+from bilevel_jax.problems.options import require_room_for, require_seed, require_whole
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.regularizers import KLDivergence, ShannonEntropy
@@ -101,6 +101,8 @@ class TabularRLHF(eqx.Module):
         _check_sizes(options)
         shape = (options.states, options.actions)
         keys = jax.random.split(jax.random.key(options.seed), 5)
+        require_room_for("states, actions", options.states, *shape, copies=3)
+        require_room_for("features", *shape, max(1, options.features), copies=2)
         order = jnp.argsort(jax.random.uniform(keys[0], (options.states, *shape)), 0)
         mass = jax.random.exponential(keys[1], (options.branching, *shape))
         self.transition = SuccessorTransition(order[: options.branching], mass / jnp.sum(mass, 0, keepdims=True))
@@ -119,8 +121,8 @@ class TabularRLHF(eqx.Module):
         self.ridge = as_float("ridge", options.ridge, float)
         require_finite("ridge", self.ridge)
         require_at_least("ridge", self.ridge, 0, "0 leaves the weights free")
-        self.horizon = options.length
-        self.starts = options.starts
+        self.horizon = int(options.length)
+        self.starts = int(options.starts)
         self.sampled = options.labels == "sampled"
         self.mdp(self.start(keys[0]))  # checks the discount where it is known
 
@@ -225,6 +227,7 @@ class TabularRLHF(eqx.Module):
 
 
 def _check_sizes(options: TabularRLHFOptions) -> None:
+    require_whole(options, "states", "actions", "branching", "starts", "length", "features")
     most = {"branching": options.states, "starts": options.states}
     for name in ("states", "actions", "branching", "starts", "length", "features"):
         size, least = getattr(options, name), 0 if name == "features" else 1

@@ -239,7 +239,8 @@ def _check_types(raw: dict[str, Any], source: Source) -> dict[str, Any]:
 def checked_problem(section: Any, place: str, source: Source, beside: tuple[str, ...] = ()) -> dict[str, Any]:
     """A problem's section with every default filled in. Raises InputError for unknown names and keys, wrong types.
 
-    `beside`: keys that are valid too, and are read by someone else.
+    `beside`: keys that are valid too, and are read by someone else. Paths become absolute: they are relative to the
+    config.
     """
     if not isinstance(section, dict) or not isinstance(section.get("name"), str):
         raise source.error(place, f"give the section a name, one of {', '.join(registry.names())}")
@@ -247,7 +248,11 @@ def checked_problem(section: Any, place: str, source: Source, beside: tuple[str,
     require_name(name, registry.names(), "problem", place, source)
     options_type = pydantic_dataclass(registry.spec(name).options, config=STRICT_KEYS, frozen=True)
     options = {key: value for key, value in section.items() if key not in ("name", *beside)}
-    return {"name": name, **validated(options_type, options, place, source, beside)}
+    values = validated(options_type, options, place, source, beside)
+    for field in dataclasses.fields(registry.spec(name).options):
+        if field.metadata.get("path") and values[field.name]:  # absolute, so that the results' own config finds it
+            values[field.name] = str((Path(source.path).parent / values[field.name]).resolve())
+    return {"name": name, **values}
 
 
 def require_name(name: str, known: typing.Iterable[str], what: str, place: str, source: Source) -> None:
@@ -343,7 +348,7 @@ def require_makeable(section: dict[str, Any], place: str, precision: str, source
         with jax.enable_x64(precision == "float64"):
             registry.make(name, **options)
     except InputError as error:
-        key = next((k for k in options if str(error).startswith(k)), None)
+        key = max((k for k in options if str(error).startswith(k)), key=len, default=None)  # one may begin another
         raise source.error(f"{place}.{key}" if key else place, str(error)) from None
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.problems.panels import Curves, HeatMap, Pictured
+from bilevel_jax.results import Result
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 WALL, ARROW, MARK = "#3a3f47", "#10243e", "#0072b2"
@@ -25,6 +26,8 @@ MANY = 12  # rows or columns of a table: beyond, not every one has its number
 
 def picture(problem: Any, x: Any, solution: Any, title: str = "") -> Figure:
     """The problem's panels at x, with `solution` the lower level's there, concrete both.
+
+    The title says where the solution did not converge.
 
     Raises:
       InputError: the problem has no method `panels`.
@@ -46,6 +49,8 @@ def picture(problem: Any, x: Any, solution: Any, title: str = "") -> Figure:
     for label, (colors, norm) in scales.items():
         sharing = [axes for axes, panel in zip(columns, panels, strict=True) if getattr(panel, "label", None) == label]
         figure.colorbar(ScalarMappable(norm, colors), ax=sharing, shrink=0.85, label=label, aspect=25)
+    if np.any(np.asarray(solution.result) != Result.CONVERGED):
+        title = f"{title} (the lower level did not converge)".strip()
     if title:
         figure.suptitle(title, fontsize=11)
     return figure

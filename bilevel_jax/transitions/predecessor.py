@@ -21,6 +21,7 @@ from bilevel_jax.validation import is_known
 
 # Entries a chunk: in-degrees scatter around A K, and every state wastes WIDTH / 2 on average.
 WIDTH = 4
+MOST_ENTRIES = 2**31 - 1
 
 
 class PredecessorLists(eqx.Module):
@@ -65,6 +66,11 @@ def predecessor_lists(successor: jax.Array, width: int = WIDTH) -> PredecessorLi
     index = np.asarray(successor)
     batch, (slots, states, actions) = index.shape[:-3], index.shape[-3:]
     entries = slots * states * actions
+    if entries > MOST_ENTRIES:
+        raise InputError(
+            f"transition: predecessor lists number {entries} entries K S A by int32, at most {MOST_ENTRIES}; use the "
+            f"transition as it is, or in parts"
+        )
     cut = [_chunks(one.reshape(-1), states, width) for one in index.reshape(-1, slots, states, actions)]
     # Chunk counts are rounded up, by a 32nd at most, so that like MDPs share a compiled program.
     most = max((owner.size for _, owner in cut), default=1)

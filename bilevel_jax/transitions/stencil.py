@@ -14,6 +14,7 @@ from jax import lax
 
 from bilevel_jax.errors import InputError
 from bilevel_jax.indexing import gather
+from bilevel_jax.memory import require_room
 from bilevel_jax.reductions import map_slots, sum_last, sum_slots
 from bilevel_jax.transitions.protocol import StateOperator, Transition
 from bilevel_jax.transitions.successor import SuccessorTransition
@@ -188,6 +189,13 @@ class StencilTransition(Transition):
                 f"transition: its successors stand at {codes.size} offsets on the grid {grid}, a stencil has at most "
                 f"{MOST_OFFSETS}; keep the SuccessorTransition"
             )
+        require_room(
+            "transition",
+            codes.size * math.prod(probability.shape[:-3] + probability.shape[-2:]) * probability.dtype.itemsize,
+            f"probabilities at each of {codes.size} offsets",
+            "keep the SuccessorTransition",
+            given=successor.nbytes + probability.nbytes,
+        )
         offsets = np.stack(np.unravel_index(codes, tuple(span)), -1) - (np.asarray(grid) - 1)
         slots = [jnp.sum(jnp.where(code == one, probability, 0), -3) for one in codes]
         return cls(offsets.tolist(), jnp.stack(slots, -3), grid)

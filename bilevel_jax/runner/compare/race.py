@@ -185,7 +185,10 @@ def _exact(problem, xs):
     # Of its own, so that all methods on a problem share what is compiled.
     def one(x):
         made = bj.hypergradient(problem, x, with_error=False)
-        return made.value, optax.tree.norm(made.gradient)
+        # A curve has no place for result codes.
+        value = jnp.where(jnp.all(made.solution.result == bj.Result.CONVERGED), made.value, jnp.nan)
+        adjoint = jnp.all(made.stats.result == bj.Result.CONVERGED)
+        return value, jnp.where(adjoint, optax.tree.norm(made.gradient), jnp.nan)
 
     return jax.lax.map(one, xs)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 import bilevel_jax as bj
 from bilevel_jax.agents import Agent, policy_gap
+from bilevel_jax.results import where_converged
 from bilevel_jax.runner.studies.records import draw, read_rows, write_rows
 
 
@@ -68,7 +69,8 @@ def _gaps(agent: Agent, problem: Any, options: AgentsOptions) -> jax.Array:
         keys = jax.random.split(key, 5)
         x = problem.start(keys[0])
         nearby = x + options.distance * jax.random.normal(keys[1], x.shape, x.dtype)
-        optimal = bj.solve(problem.mdp(x), problem.regularizer(x)).policy
+        solution = bj.solve(problem.mdp(x), problem.regularizer(x))
+        optimal = where_converged(solution.result, solution.policy)
 
         def improved(state, i, x, key):
             return agent.improve(jax.random.fold_in(key, i), state, problem, x)

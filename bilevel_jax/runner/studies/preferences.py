@@ -14,6 +14,7 @@ from jax import lax
 
 import bilevel_jax as bj
 from bilevel_jax.errors import InputError
+from bilevel_jax.results import where_converged
 from bilevel_jax.runner.studies.records import draw, read_rows, write_rows
 from bilevel_jax.runner.studies.reward_models import fit, misordered, segment_features
 from bilevel_jax.validation import require_positive, require_setting
@@ -154,12 +155,13 @@ def _measures(problem: Any, even: jax.Array) -> Callable[[jax.Array, jax.Array],
 
 def _optimal(problem: Any, reward: jax.Array) -> jax.Array:
     """The agent's policy for a reward [S, A]; its regularizer does not depend on x."""
-    return bj.solve(_process(problem, reward), problem.regularizer(None)).policy
+    solution = bj.solve(_process(problem, reward), problem.regularizer(None))
+    return where_converged(solution.result, solution.policy)
 
 
 def _best(problem: Any) -> jax.Array:
     """The policy that earns the most of the hidden reward."""
-    return bj.solve(_process(problem, problem.hidden_reward), bj.Unregularized()).policy
+    return bj.check(bj.solve(_process(problem, problem.hidden_reward), bj.Unregularized())).policy
 
 
 def _process(problem: Any, reward: jax.Array) -> bj.MDP:

@@ -13,6 +13,7 @@ from scipy import stats
 
 import bilevel_jax as bj
 from bilevel_jax.algorithms.sampled import SampledAlgorithm
+from bilevel_jax.results import where_converged
 from bilevel_jax.runner.studies.records import draw, read_rows, write_rows
 
 # Exponents of E|grad phi|^2 that the paper proves: samples^(-1 / 3.5) and 1 / iterations.
@@ -76,8 +77,9 @@ def _rows(name: str, algorithm: SampledAlgorithm, count: int, seeds: int) -> lis
         state = algorithm.init(jax.random.fold_in(key, 0), algorithm.problem.start(key))
 
         def step(state, i):
-            gradient = bj.hypergradient(algorithm.problem, state.x, with_error=False).gradient
-            return algorithm.step(jax.random.fold_in(key, 1 + i), state)[0], optax.tree.norm(gradient, squared=True)
+            exact = bj.hypergradient(algorithm.problem, state.x, with_error=False)
+            length = where_converged(exact.solution.result, optax.tree.norm(exact.gradient, squared=True))
+            return algorithm.step(jax.random.fold_in(key, 1 + i), state)[0], length
 
         return jnp.mean(jax.lax.scan(step, state, jnp.arange(count))[1])
 

@@ -71,7 +71,7 @@ def _bias(
 ) -> tuple[float, float, float]:
     """|E g - E g_exact| / |E g_exact|, its standard error, and the bound on it for rollouts of `length` steps."""
     x = jax.tree.map(lambda leaf: 10 * leaf, problem.start(jax.random.key(1)))
-    policy = bj.Table(bj.hypergradient(problem, x, with_error=False).solution.policy)
+    policy = bj.Table(bj.check(bj.hypergradient(problem, x, with_error=False)).solution.policy)
 
     keys = jax.random.split(jax.random.key(2), options.batches)
     made = _differences(problem, x, policy, response, reference, keys, batch=options.batch)

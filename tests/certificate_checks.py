@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 from certificate_cases import Case, Numbers, Structure, build, stencil_offsets
-from certificate_reference import DIGITS, MANY, WORKING, Exact, Reference, identity_less, solve_linear
+from certificate_reference import DIGITS, MANY, WORKING, Exact, Reference
 from helpers import make_regularizer
 
 import bilevel_jax as bj
@@ -149,8 +149,7 @@ def know(case: Case, numbers: Numbers) -> Known | None:
         if reference is None:
             return None
     eps, away = _eps(case), 1 - float(_largest_discount(numbers))
-    collected = reference.exact.collected(reference.policy)
-    implied = float(np.abs(collected).max()) / away
+    implied = float(np.abs(reference.collected).max()) / away
     return Known(case, numbers, reference, implied, _start(case, reference), _tolerance(case, implied, eps, away))
 
 
@@ -346,10 +345,8 @@ class _Judge:
     def loss(self, claimed):
         def lost(reference):
             exact = reference.exact
-            policy = exact.arithmetic.widen(self.solution.policy)
-            value = exact.value_of(policy)
-            # The evaluation is as unsure as the solution is.
-            return reference.value - value, 2 * reference.uncertainty
+            value, unsure = certificate_reference.value_of(exact, exact.arithmetic.widen(self.solution.policy))
+            return reference.value - value, reference.uncertainty + unsure
 
         if not np.isfinite(claimed):
             self.fault("suboptimality", f"claimed {claimed}")
@@ -388,10 +385,10 @@ class _Judge:
 
         def off(reference, of=flat):
             want, size = _gradient(self.known, reference)
-            widen = reference.exact.arithmetic.widen
-            away = sum(((widen(of[name]) - want[name]) ** 2).sum() for name in want)
-            unsure = reference.exact.arithmetic.eps * size * 100 * (1 / self.away + self.logits(reference))
-            return np.array([away**0.5 if reference.exact.arithmetic is MANY else np.sqrt(away)]), unsure
+            arithmetic = reference.exact.arithmetic
+            away = sum(((arithmetic.widen(of[name]) - want[name]) ** 2).sum() for name in want)
+            unsure = arithmetic.eps * size * 100 * (1 / self.away + self.logits(reference))
+            return np.array([away**0.5]), unsure
 
         norm = float(_gradient(self.known, self.reference)[1]) / self.away
         if np.isnan(error) or not self.holds(off, error):
@@ -428,18 +425,16 @@ def _gradient(known: Known, reference: Reference):
     """d objective / dx, and the size of what it is a sum of."""
     exact, numbers = reference.exact, known.numbers
     a, policy = exact.arithmetic, reference.policy
-    g = a.widen(numbers.cotangent)
-    system = identity_less(exact.operator(policy), a)
-    w, total = solve_linear(system.T, np.stack([g, np.abs(g)], 1)).T
+    w = certificate_reference.adjoint(exact, policy, a.widen(numbers.cotangent))[0]
+    total = certificate_reference.adjoint(exact, policy, a.widen(np.abs(numbers.cotangent)))[0]
     factor = a.widen(np.ones_like(numbers.reward) if numbers.factor is None else numbers.factor)
     undiscounted = exact._replace(discount=factor)
-    states = len(w)
     parts = {
         "scale": (policy * exact.reward).sum(-1),
-        "discount": (policy * (undiscounted.q(reference.value) - exact.reward)).sum(-1),
+        "discount": undiscounted.onward(policy, reference.value),
     }
     if exact.kind != "unregularized":
         parts["temperature"] = -exact.penalty(policy) / exact.temperature
     want = {name: np.array([w @ part]) for name, part in parts.items()} | {"shift": w * policy.sum(-1)}
-    size = sum((total @ np.abs(part) for part in parts.values()), start=total.sum() if states else 0)
+    size = sum((total @ np.abs(part) for part in parts.values()), start=total.sum())
     return want, size

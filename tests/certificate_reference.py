@@ -1,4 +1,4 @@
-"""The exact solution of the numbers that a library got: Newton's method in long double, or in 60 digits.
+"""The exact solution of the numbers that a library got: Newton's method in long double, or with residuals in 40 digits.
 
 Independent of the library: plain numpy, an elimination of its own. The problem is, with the probabilities P, rewards r
 and discounts d of the problem's dtype taken as they are (rows need not sum to 1 in the last digits):
@@ -14,15 +14,19 @@ from typing import Any, NamedTuple
 import mpmath
 import numpy as np
 
-DIGITS = 60
+DIGITS = 40
 MOST_STEPS = 500
 # Roundings in one entry of T V - V, sums included: their signs are not all the same.
 ROUNDINGS = 8
+LONG_DOUBLE = np.longdouble
 
 
 class Arithmetic(NamedTuple):
+    """`widen` takes what float64 or long double holds, `narrow` gives long double."""
+
     eps: float
     widen: Callable[[Any], np.ndarray]
+    narrow: Callable[[np.ndarray], np.ndarray]
     exp: Callable
     log: Callable
     expm1: Callable
@@ -30,24 +34,34 @@ class Arithmetic(NamedTuple):
 
 
 def _to_mpf(array):
-    return np.frompyfunc(lambda x: mpmath.mpf(float(x)), 1, 1)(np.asarray(array, np.float64))
+    """Exactly: a long double is the sum of two doubles."""
+    array = np.asarray(array).astype(LONG_DOUBLE)
+    high = array.astype(np.float64)
+    to_mpf = np.frompyfunc(lambda x: mpmath.mpf(float(x)), 1, 1)
+    return to_mpf(high) + to_mpf((array - high).astype(np.float64))
 
 
-def _elementwise(function):
-    return np.frompyfunc(function, 1, 1)
+def _from_mpf(array):
+    high = array.astype(np.float64)
+    rest = (array - np.frompyfunc(mpmath.mpf, 1, 1)(high.astype(object))).astype(np.float64)
+    return high.astype(LONG_DOUBLE) + rest
 
 
-MANY = Arithmetic(10.0**-DIGITS, _to_mpf, *map(_elementwise, (mpmath.exp, mpmath.log, mpmath.expm1, mpmath.log1p)))
+def _to_long_double(array):
+    return np.asarray(array).astype(LONG_DOUBLE)
+
+
+MANY = Arithmetic(
+    10.0**-DIGITS,
+    _to_mpf,
+    _from_mpf,
+    *(np.frompyfunc(f, 1, 1) for f in (mpmath.exp, mpmath.log, mpmath.expm1, mpmath.log1p)),
+)
 LONG = Arithmetic(
-    float(np.finfo(np.longdouble).eps),
-    lambda array: np.asarray(array).astype(np.longdouble),
-    np.exp,
-    np.log,
-    np.expm1,
-    np.log1p,
+    float(np.finfo(LONG_DOUBLE).eps), _to_long_double, _to_long_double, np.exp, np.log, np.expm1, np.log1p
 )
 # Where long double is no wider than double, e.g. on ARM.
-WORKING = LONG if np.finfo(np.longdouble).nmant >= 63 else MANY
+WORKING = LONG if np.finfo(LONG_DOUBLE).nmant >= 63 else MANY
 
 
 class Exact(NamedTuple):
@@ -73,8 +87,7 @@ class Exact(NamedTuple):
     def conjugate(self, q):
         """Omega*(Q) [S] and its gradient [S, A]."""
         a = self.arithmetic
-        usable = self.available & (self.reference > 0) if self.kind == "kl" else self.available
-        top = np.where(usable, q, q.min()).max(-1)
+        usable, top = self._top(q)
         below = np.where(usable, q - top[:, None], 0 * q)
         if self.kind == "unregularized":
             first = np.argmax(usable & (below == 0), -1)
@@ -94,6 +107,11 @@ class Exact(NamedTuple):
         near = short > -0.5
         log = np.where(near, a.log1p(np.where(near, short, 0 * short)), a.log(total / mass))
         return top + self.temperature * log, weight / total[:, None]
+
+    def _top(self, q):
+        """Which actions count, and the largest Q of them."""
+        usable = self.available & (self.reference > 0) if self.kind == "kl" else self.available
+        return usable, np.where(usable, q, q.min()).max(-1)
 
     def _sparsemax(self, top, below):
         policy = 0 * below
@@ -120,24 +138,31 @@ class Exact(NamedTuple):
             ratio = ratio / np.where(taken, share, 1 + 0 * share)
         return self.temperature * (policy * self.arithmetic.log(ratio)).sum(-1)
 
-    def collected(self, policy):
-        """sum_a pi r - Omega(pi), what the policy earns in a step, [S]."""
-        return (policy * self.reward).sum(-1) - self.penalty(policy)
+    def onward(self, policy, value):
+        """d P_pi V, [S]."""
+        states = len(value)
+        return (self.discount * policy * (self.transition.reshape(-1, states) @ value).reshape(policy.shape)).sum(-1)
+
+    def back(self, policy, masses):
+        """The transpose of `onward`."""
+        return (self.discount * policy * masses[:, None]).ravel() @ self.transition.reshape(-1, len(masses))
 
     def rounding(self, policy, value):
         """About what an entry of T V - V is rounded by, in units of eps, [S]: sizes of what it is made of."""
         earned = np.abs(policy * self.reward).sum(-1) + np.abs(self.penalty(policy))
-        return earned + self.operator(policy) @ np.abs(value) + np.abs(value)
+        logarithm = np.abs(self._top(self.q(value))[1] - value)
+        return earned + logarithm + self.onward(policy, np.abs(value)) + np.abs(value)
 
-    def value_of(self, policy):
-        """V^pi, regularized, [S]; rows of the policy are divided by their sums."""
-        policy = policy / policy.sum(-1)[:, None]
-        system = identity_less(self.operator(policy), self.arithmetic)
-        return solve_linear(system, self.collected(policy)[:, None])[:, 0]
+    def narrowed(self) -> "Exact":
+        """In long double."""
+        narrow = self.arithmetic.narrow
+        arrays = (narrow(array) for array in (self.transition, self.reward, self.discount))
+        temperature = narrow(np.array([self.temperature]))[0]
+        return Exact(self.kind, *arrays, temperature, narrow(self.reference), self.available, LONG)
 
 
 class Reference(NamedTuple):
-    """V*[S], Q*[S, A] and the policy; `uncertainty` [S] is what |V - V*| may be; None where Newton did not end."""
+    """V*[S], Q*[S, A] and the policy; `uncertainty` [S] is what |V - V*| may be."""
 
     value: np.ndarray
     q: np.ndarray
@@ -145,18 +170,20 @@ class Reference(NamedTuple):
     uncertainty: np.ndarray
     exact: Exact
 
-
-def identity_less(matrix, arithmetic: Arithmetic):
-    return arithmetic.widen(np.eye(len(matrix))) - matrix
+    @property
+    def collected(self):
+        """sum_a pi r - Omega(pi), what the policy earns in a step, [S]."""
+        return self.value - self.exact.onward(self.policy, self.value)
 
 
 def solve_linear(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """matrix^-1 right, [n, n] and [n, m], by elimination with the largest pivot of a column, in any arithmetic."""
+    """matrix^-1 right, [n, n] and [n, m], by elimination without pivots, in any arithmetic.
+
+    For I - d P_pi and its transpose, which are diagonally dominant: elimination is stable, and keeps the signs and the
+    small entries of the inverse.
+    """
     rows, size = np.concatenate([matrix, right], 1), len(matrix)
-    for i in range(size):
-        best = i + int(np.argmax(np.abs(rows[i:, i])))
-        if best != i:
-            rows[[i, best]] = rows[[best, i]]
+    for i in range(size - 1):
         rows[i + 1 :, i:] -= (rows[i + 1 :, i] / rows[i, i])[:, None] * rows[i, i:]
     solution = rows[:, size:]
     for i in reversed(range(size)):
@@ -164,20 +191,37 @@ def solve_linear(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
     return solution
 
 
-def solve(exact: Exact, start: np.ndarray | None = None) -> Reference | None:
-    """Newton's method until its step is below what rounding makes of it; None after `MOST_STEPS`."""
-    arithmetic = exact.arithmetic
-    value = arithmetic.widen(np.zeros(len(exact.reward)) if start is None else start)
+def _refine(exact: Exact, x: np.ndarray, look: Callable, transposed: bool = False):
+    """x[S] and its uncertainty, by x <- x + (I - d P_pi)^-1 residual until steps are below what rounding makes of them.
+
+    `look` gives the residual, in the arithmetic, pi, and the size of what the residual is rounded at. The steps are in
+    long double. None after `MOST_STEPS`.
+    """
+    arithmetic, rough = exact.arithmetic, exact.narrowed()
     for _ in range(MOST_STEPS):
-        backup, policy = exact.conjugate(exact.q(value))
-        level = ROUNDINGS * arithmetic.eps * exact.rounding(policy, value)
-        system = identity_less(exact.operator(policy), arithmetic)
-        step, natural = solve_linear(system, np.stack([backup - value, level], 1)).T
-        value = value + step
+        residual, policy, size = look(x)
+        operator = rough.operator(arithmetic.narrow(policy))
+        system = np.eye(len(x), dtype=operator.dtype) - (operator.T if transposed else operator)
+        level = ROUNDINGS * arithmetic.eps * arithmetic.narrow(size)
+        step, natural = solve_linear(system, np.stack([arithmetic.narrow(residual), level], 1)).T
+        x = x + arithmetic.widen(step)
         if (np.abs(step) <= 2 * natural).all():
-            q = exact.q(value)
-            return Reference(value, q, exact.conjugate(q)[1], 4 * natural, exact)
+            return x, arithmetic.widen(4 * natural)
     return None
+
+
+def solve(exact: Exact, start: np.ndarray | None = None) -> Reference | None:
+    """V* by Newton's method, from V[S] or from zeros; None where it did not end."""
+
+    def look(value):
+        backup, policy = exact.conjugate(exact.q(value))
+        return backup - value, policy, exact.rounding(policy, value)
+
+    found = _refine(exact, exact.arithmetic.widen(np.zeros(len(exact.reward)) if start is None else start), look)
+    if found is None:
+        return None
+    q = exact.q(found[0])
+    return Reference(found[0], q, exact.conjugate(q)[1], found[1], exact)
 
 
 def refined(reference: Reference, make: Callable[[Arithmetic], Exact]) -> Reference | None:
@@ -186,6 +230,29 @@ def refined(reference: Reference, make: Callable[[Arithmetic], Exact]) -> Refere
         return reference
     with mpmath.workdps(DIGITS):
         return solve(make(MANY), reference.value)
+
+
+def value_of(exact: Exact, policy: np.ndarray):
+    """V^pi, regularized, [S], and its uncertainty [S]; rows of the policy are divided by their sums."""
+    policy = policy / policy.sum(-1)[:, None]
+    earned = (policy * exact.reward).sum(-1) - exact.penalty(policy)
+
+    def look(value):
+        residual = earned + exact.onward(policy, value) - value
+        # The penalty is a sum of terms of the temperature's size, whatever it comes to.
+        return residual, policy, exact.rounding(policy, value) + exact.temperature
+
+    return _refine(exact, 0 * earned, look)
+
+
+def adjoint(exact: Exact, policy: np.ndarray, cotangent: np.ndarray):
+    """(I - d P_pi)'^-1 g, [S], and its uncertainty."""
+
+    def look(w):
+        residual = cotangent + exact.back(policy, w) - w
+        return residual, policy, np.abs(cotangent) + exact.back(policy, np.abs(w)) + np.abs(w)
+
+    return _refine(exact, 0 * cotangent, look, transposed=True)
 
 
 def best_by_enumeration(transition, reward, discount, available) -> list[Fraction]:

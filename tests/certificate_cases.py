@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-SIZES = ((1, 1), (1, 3), (2, 2), (3, 2), (6, 3), (16, 4), (40, 2), (100, 3))
+SMALL = ((1, 1), (1, 3), (2, 2), (3, 2), (6, 3), (16, 4))
+SIZES = (*SMALL, *SMALL, (40, 2), (100, 3))  # Auto takes another solver from 65 states on
 KINDS = ("unregularized", "shannon", "kl", "tsallis")
 REPRESENTATIONS = ("dense", "successor", "stencil")
 SOLVERS = (
@@ -155,6 +156,14 @@ def case(choose: Choose, of: Structure) -> Case:
     )
 
 
+class Double:
+    """The arithmetic of what only asks whether a probability is 0 or 1."""
+
+    @staticmethod
+    def widen(array):
+        return np.asarray(array, np.float64)
+
+
 class Numbers(NamedTuple):
     """A case as arrays of its dtype. `probability` is [S, A, S] if dense, else [K, S, A]; `discount` a number and
     `factor` [S, A] or None what it is multiplied by for each pair; `cotangent` [S] of the objective."""
@@ -187,7 +196,7 @@ class Numbers(NamedTuple):
 
     def parts(self):
         """The part of each state, int[S]: states that no available pair connects are apart."""
-        dense = self.entries(np_float64) > 0
+        dense = self.entries(Double) > 0
         used = self.discounts > 0
         used = used if self.available is None else used & self.available
         joined = (dense & used[:, :, None]).any(1)
@@ -195,15 +204,6 @@ class Numbers(NamedTuple):
         for _ in range(len(joined).bit_length()):
             joined = joined @ joined
         return np.argmax(joined, 1)
-
-
-class _Float64:
-    @staticmethod
-    def widen(array):
-        return np.asarray(array, np.float64)
-
-
-np_float64 = _Float64()
 
 
 def build(case: Case, transition: dict[str, Any] | None = None) -> Numbers:
@@ -220,7 +220,8 @@ def build(case: Case, transition: dict[str, Any] | None = None) -> Numbers:
         available = rng.uniform(size=(states, actions)) < 0.6
         available[np.arange(states), rng.integers(actions, size=states)] = True
     discount = dtype.type(0 if case.discount == 0 else 1 - 10.0**-case.discount)
-    blank = Numbers(transition, np.zeros((states, actions), dtype), discount, None, available, 0, blank_row, blank_row)
+    nothing = np.zeros(0)
+    blank = Numbers(transition, np.zeros((states, actions), dtype), discount, None, available, 0, nothing, nothing)
     factor = None
     if of.ending:
         factor = _factor(case.ends, rng, states, actions).astype(dtype)
@@ -236,9 +237,6 @@ def build(case: Case, transition: dict[str, Any] | None = None) -> Numbers:
         _reference(rng, states, actions, available).astype(dtype),
         (np.eye(states)[rng.integers(states)] if rng.uniform() < 0.3 else rng.normal(size=states)).astype(dtype),
     )
-
-
-blank_row = np.zeros(0)
 
 
 def _moves(shape: str, rng, states: int, actions: int):
@@ -348,7 +346,7 @@ def _reward(case: Case, rng, numbers: Numbers):
     states, actions = shape
     scale, other = 10.0**case.scale, 10.0**case.other
     plain = rng.normal(size=shape) * scale
-    stays = numbers.entries(np_float64)[np.arange(states), :, np.arange(states)].min(-1) == 1
+    stays = numbers.entries(Double)[np.arange(states), :, np.arange(states)].min(-1) == 1
     match case.reward:
         case "costs":
             return np.where(stays[:, None], 0, -scale) * np.ones(shape)

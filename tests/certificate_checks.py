@@ -17,6 +17,7 @@
 """
 
 import functools
+import time
 from typing import Any, NamedTuple
 
 import certificate_reference
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
-from certificate_cases import Case, Numbers, Structure, build, stencil_offsets
+from certificate_cases import SWEEPING, Case, Numbers, Structure, build, stencil_offsets
 from certificate_reference import DIGITS, MANY, WORKING, Exact, Reference
 from helpers import make_regularizer
 
@@ -60,13 +61,26 @@ class Verdict(NamedTuple):
     """`code` of `solve`; `notes` are counted: unsure references, skipped gradients, vacuous errors of gradients.
 
     `quality`: the error of a CONVERGED value without a tolerance, in units of rounding of its part; NaN otherwise.
+    `seconds` are those of the library, compilation included, and of the whole batch.
     """
 
     case: Case
     code: str
-    faults: tuple[Fault, ...]
-    notes: tuple[str, ...]
-    quality: float
+    faults: tuple[Fault, ...] = ()
+    notes: tuple[str, ...] = ()
+    quality: float = float("nan")
+    seconds: float = 0.0
+
+    @property
+    def circumstance(self) -> str:
+        """Why it ended without CONVERGED, as far as the description tells."""
+        case = self.case
+        solver = case.structure.solver
+        if self.code == "PRECISION_LIMIT" and case.structure.tolerance:
+            return "PRECISION_LIMIT: a tolerance that rounding does not allow"
+        if self.code == "MAX_STEPS" and solver in SWEEPING and case.discount > 3:
+            return "MAX_STEPS: a solver that only sweeps, discount above 0.999"
+        return f"{self.code}: {solver}, {case.structure.dtype}, {case.structure.kind}, reward {case.reward}"
 
 
 class Scaled(eqx.Module):
@@ -191,19 +205,27 @@ def _tolerance(case: Case, implied, eps, away):
 
 def examine(cases: list[Case], gradients: bool = True) -> list[Verdict]:
     """The verdicts of cases of one structure: as many as it has in a batch, or one."""
+    with np.errstate(all="ignore"):
+        return _examine(cases, gradients)
+
+
+def _examine(cases, gradients):
     of = cases[0].structure
     first = build(cases[0])
     numbers = [first] + [build(c, first.transition if of.shared else None) for c in cases[1:]]
     known = [know(*both) for both in zip(cases, numbers, strict=True)]
     if any(k is None for k in known):
-        return [Verdict(c, "reference unsure", (), (), float("nan")) for c in cases]
+        return [Verdict(c, "reference unsure") for c in cases]
+    began = time.perf_counter()
     try:
-        solutions = _solve(of, known)
+        solutions = solve(of, known)
         made = _differentiate(of, known[0]) if gradients and not of.batch else None
     except Exception as error:  # whatever it raises is what is searched for
         fault = Fault("raises", f"{type(error).__name__}: {str(error)[:300]}")
-        return [Verdict(c, "raised", (fault,), (), float("nan")) for c in cases]
-    return [_judge(*pair, made) for pair in zip(known, solutions, strict=True)]
+        return [Verdict(c, "raised", (fault,)) for c in cases]
+    seconds = round(time.perf_counter() - began, 3)
+    verdicts = [judge(*pair, made) for pair in zip(known, solutions, strict=True)]
+    return [verdict._replace(seconds=seconds) for verdict in verdicts]
 
 
 def _arrays(of: Structure, numbers: list[Numbers], get):
@@ -218,7 +240,7 @@ def _transition(of: Structure, numbers: list[Numbers]):
     return as_transition(of, {key: _arrays(of, numbers, lambda n, key=key: n.transition[key]) for key in keys})
 
 
-def _solve(of: Structure, known: list[Known]):
+def solve(of: Structure, known: list[Known]):
     numbers = [k.numbers for k in known]
     get = functools.partial(_arrays, of, numbers)
     discount = get(lambda n: n.discounts if of.ending else n.discount)
@@ -255,14 +277,15 @@ def _differentiate(of: Structure, known: Known):
     return jax.tree.map(np.asarray, (made, grad_of_solve(problem, x, solver, known.start)))
 
 
-def _judge(known: Known, solution, made) -> Verdict:
+def judge(known: Known, solution, made=None) -> Verdict:
+    """What a solution claims, and the pair (hypergradient, gradient of `solve`) if there is one."""
     with mpmath.workdps(DIGITS):
-        judge = _Judge(known, solution)
-        judge.value()
+        judged = _Judge(known, solution)
+        judged.value()
         if made is not None:
-            judge.gradient(*made)
+            judged.gradient(*made)
     code = bj.Result(int(solution.result)).name
-    return Verdict(known.case, code, tuple(judge.faults), tuple(judge.notes), judge.quality)
+    return Verdict(known.case, code, tuple(judged.faults), tuple(judged.notes), judged.quality)
 
 
 class _Judge:

@@ -34,17 +34,22 @@ class Arithmetic(NamedTuple):
 
 
 def _to_mpf(array):
-    """Exactly: a long double is the sum of two doubles."""
-    array = np.asarray(array).astype(LONG_DOUBLE)
-    high = array.astype(np.float64)
-    to_mpf = np.frompyfunc(lambda x: mpmath.mpf(float(x)), 1, 1)
-    return to_mpf(high) + to_mpf((array - high).astype(np.float64))
+    """Exactly: the mantissa of a long double is the sum of two doubles."""
+    mantissa, exponent = np.frexp(np.asarray(array).astype(LONG_DOUBLE))
+    high = mantissa.astype(np.float64)
+    rest = (mantissa - high).astype(np.float64)
+    return np.frompyfunc(lambda h, r, e: mpmath.ldexp(mpmath.mpf(h) + mpmath.mpf(r), int(e)), 3, 1)(
+        high.astype(object), rest.astype(object), exponent
+    )
 
 
 def _from_mpf(array):
-    high = array.astype(np.float64)
-    rest = (array - np.frompyfunc(mpmath.mpf, 1, 1)(high.astype(object))).astype(np.float64)
-    return high.astype(LONG_DOUBLE) + rest
+    def narrow(x):
+        mantissa, exponent = mpmath.frexp(x)
+        high = float(mantissa)
+        return np.ldexp(LONG_DOUBLE(high) + LONG_DOUBLE(float(mantissa - high)), int(exponent))
+
+    return np.frompyfunc(narrow, 1, 1)(array).astype(LONG_DOUBLE)
 
 
 def _to_long_double(array):
@@ -255,20 +260,25 @@ def adjoint(exact: Exact, policy: np.ndarray, cotangent: np.ndarray):
     return _refine(exact, 0 * cotangent, look, transposed=True)
 
 
-def best_by_enumeration(transition, reward, discount, available) -> list[Fraction]:
-    """V* [S] of the ordinary MDP by trying every deterministic policy in exact rationals. For a few states."""
-    states, actions = reward.shape
-    fraction = np.frompyfunc(lambda x: Fraction(float(x)), 1, 1)
-    transition, reward, discount = (fraction(x.astype(np.float64)) for x in (transition, reward, discount))
+class Rational:
+    """The arithmetic of `best_by_enumeration`."""
+
+    @staticmethod
+    def widen(array):
+        return np.frompyfunc(lambda x: Fraction(float(x)), 1, 1)(np.asarray(array, np.float64))
+
+
+def best_by_enumeration(transition, reward, discount, available) -> np.ndarray:
+    """V*[S] of the ordinary MDP by trying every deterministic policy in exact rationals. For a few states."""
+    every = np.arange(len(reward))
     policies = [()]
-    for s in range(states):
-        policies = [(*p, a) for p in policies for a in range(actions) if available[s, a]]
+    for actions in available:
+        policies = [(*policy, action) for policy in policies for action in np.flatnonzero(actions)]
     best = None
-    every = np.arange(states)
     for policy in policies:
         chosen = np.array(policy)
         moves = discount[every, chosen][:, None] * transition[every, chosen]
-        system = fraction(np.eye(states)) - moves
+        system = Rational.widen(np.eye(len(every))) - moves
         value = solve_linear(system, reward[every, chosen][:, None])[:, 0]
         best = value if best is None else np.where(value > best, value, best)
-    return list(best)
+    return best

@@ -152,7 +152,7 @@ def case(choose: Choose, of: Structure) -> Case:
         choose.pick(ENDS) if of.ending else "none",
         choose.pick(STARTS) if of.warm else "zeros",
         choose.number(1, 12) if of.tolerance else 3.0,
-        of.dtype == "float64" and discount < 3 and choose.pick((False, False, False, True)),
+        of.dtype == "float64" and discount < 3 and not of.shared and choose.pick((False, False, False, True)),
     )
 
 

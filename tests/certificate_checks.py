@@ -3,8 +3,8 @@
 `examine` returns one `Verdict` per case: the codes, and `Fault`s, each of a kind:
   bound            CONVERGED, and |value - V*| exceeds `error_bound`
   bound, told      the same with another code that comes with a finite bound (MAX_STEPS, PRECISION_LIMIT)
-  vacuous          CONVERGED, and `error_bound` exceeds what the problem implies: the most that the optimal policy
-                   collects in a step, divided by 1 - discount
+  vacuous          CONVERGED, and `error_bound` exceeds the tolerance asked for and what the problem implies: the most
+                   that the optimal policy collects in a step, divided by 1 - discount
   tolerance        CONVERGED, and `error_bound` exceeds the tolerance asked for
   part             CONVERGED without a tolerance, and a part of the problem that nothing connects with the others is
                    wrong by more than `UNITS` of rounding of its own numbers
@@ -39,6 +39,8 @@ Q_UNITS = 16
 FLOOR = 8
 # Actions within so many units of rounding of the best: the gradient is that of either.
 TIED = 1000
+# A tolerance that a solver must reach, in units of rounding of what is implied; but for one case in so many.
+REACHABLE, UNREACHABLE_EVERY = 100, 50
 
 SOLVERS = {
     "auto": bj.Auto,
@@ -77,7 +79,8 @@ class Verdict(NamedTuple):
         case = self.case
         solver = case.structure.solver
         if self.code == "PRECISION_LIMIT" and case.structure.tolerance:
-            return "PRECISION_LIMIT: a tolerance that rounding does not allow"
+            below = case.seed % UNREACHABLE_EVERY == 0
+            return f"PRECISION_LIMIT: a tolerance {'below' if below else 'above'} {REACHABLE} units of rounding"
         if self.code == "MAX_STEPS" and solver in SWEEPING and case.discount > 3:
             return "MAX_STEPS: a solver that only sweeps, discount above 0.999"
         return f"{self.code}: {solver}, {case.structure.dtype}, {case.structure.kind}, reward {case.reward}"
@@ -196,10 +199,10 @@ def _start(case: Case, reference: Reference):
 
 
 def _tolerance(case: Case, implied, eps, away):
-    """Some digits of what is implied, no more than rounding allows, but for one case in fifty."""
+    """Some digits of what is implied: `REACHABLE` units of rounding or more, but for one case in fifty."""
     if not case.structure.tolerance:
         return None
-    reachable = min(100 * eps / away, 1.0) if case.seed % 50 else 0.0
+    reachable = min(REACHABLE * eps / away, 1.0) if case.seed % UNREACHABLE_EVERY else 0.0
     return np.dtype(case.structure.dtype).type(max(implied, _tiny(case)) * max(10.0**-case.digits, reachable))
 
 
@@ -216,6 +219,9 @@ def _examine(cases, gradients):
     known = [know(*both) for both in zip(cases, numbers, strict=True)]
     if any(k is None for k in known):
         return [Verdict(c, "reference unsure") for c in cases]
+    if of.tolerance:  # a batch has one
+        loosest = max(k.tolerance for k in known)
+        known = [k._replace(tolerance=loosest) for k in known]
     began = time.perf_counter()
     try:
         solutions = solve(of, known)
@@ -339,7 +345,8 @@ class _Judge:
         if not self.converged:
             return
         floor = FLOOR * self.tiny / self.away
-        if bound > known.implied * (1 + 1e-6) + floor:
+        enough = max(known.implied * (1 + 1e-6) + floor, known.tolerance or 0)
+        if bound > enough:
             self.fault("vacuous", f"bound {bound:.3g} > implied {known.implied:.3g}")
         if known.tolerance is not None and bound > known.tolerance:
             self.fault("tolerance", f"bound {bound:.3g} > tolerance {known.tolerance:.3g}")

@@ -239,10 +239,11 @@ def _bounds(mdp, regularizer, value, q, backup, after: Bounds) -> Bounds:
     """Those one step earlier, at V[S] = `value` one step later; Q[S, A] and T V [S] are there already."""
     terms = mdp.transition.terms
     sizes = sizes_of(mdp, regularizer, value, q, backup)
-    most = jnp.max(mdp.discount) * (1 + rounding.of_row_sums(terms, value.dtype))
+    discount = jnp.max(mdp.discount)
+    most = discount * (1 + rounding.of_row_sums(terms, value.dtype))
     noise = rounding.of_sweep(terms, most * sup_norm(value), jnp.max(sizes.q), jnp.max(sizes.spread))
     collected = sup_norm(sizes.collected) + rounding.underflow(terms, value.dtype)
-    return Bounds(noise + most * after.error, collected + most * after.implied)
+    return Bounds(noise + most * after.error, collected + discount * after.implied)
 
 
 @functools.partial(jit, static_argnames="time_axes")

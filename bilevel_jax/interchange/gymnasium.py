@@ -7,8 +7,9 @@ import numpy as np
 from scipy import sparse
 
 from bilevel_jax.errors import InputError
-from bilevel_jax.interchange.common import as_matrix, as_numbers, successors
+from bilevel_jax.interchange.common import as_matrix, successors
 from bilevel_jax.mdp import MDP
+from bilevel_jax.validation import as_numpy
 
 
 def read(env: Any, discount: Any, initial: Any) -> MDP:
@@ -51,7 +52,7 @@ def read(env: Any, discount: Any, initial: Any) -> MDP:
     if initial is None:
         initial = getattr(inner, "initial_state_distrib", None)
     if (goes < 1).any():
-        discount = as_numbers("discount", discount) * goes
+        discount = as_numpy("discount", discount) * goes
     kernel = successors(rows, reward.shape[1], mask)
     return MDP(kernel, reward, discount, initial, mask)
 

@@ -41,7 +41,7 @@ def as_array(name: str, value: Any) -> jax.Array:
     Raises:
       InputError: no real numbers, or some that the array's type cannot hold.
     """
-    array = _as_numbers(name, value)
+    array = _as_numpy(name, value)
     if array.dtype == bool:
         return _moved(array, array.dtype)
     if _is_whole(array):
@@ -59,15 +59,20 @@ def as_float(name: str, value: Any, dtype: Any = None, shape: tuple[int, ...] | 
     Raises:
       InputError: no real numbers, another shape, or numbers beyond the dtype's largest.
     """
-    array = _as_numbers(name, value)
+    array = _without_objects(name, _as_numpy(name, value))
     if shape is not None and array.shape != shape:
         raise InputError(f"{name}: expected shape {list(shape)}, got {list(array.shape)}")
-    if _holds_objects(array):
-        try:
-            array = array.astype(np.float64)
-        except OverflowError:
-            raise InputError(f"{name}: a whole number is beyond float64; use smaller units") from None
     return _narrowed(name, array, _float_type(array.dtype) if dtype is None else dtypes.canonicalize_dtype(dtype))
+
+
+def as_numpy(name: str, value: Any) -> np.ndarray:
+    """`value` as numpy's float32 or float64, by the rule of `as_float`. Raises InputError, also where it is traced."""
+    array = _without_objects(name, _as_numpy(name, value))
+    if isinstance(array, Tracer):
+        raise InputError(f"{name}: expected an array of numbers, got traced ones; call this outside jit and vmap")
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return np.asarray(array).astype(np.float32 if array.dtype.itemsize <= 4 else np.float64, copy=False)
+    return np.asarray(array).astype(np.float64)
 
 
 def as_integer(name: str, value: Any, remedy: str, dtype: Any = jnp.int32, *, expected: str = "integers") -> jax.Array:
@@ -76,7 +81,7 @@ def as_integer(name: str, value: Any, remedy: str, dtype: Any = jnp.int32, *, ex
     Raises:
       InputError: no whole numbers (booleans are none), or some that are known and beyond the dtype.
     """
-    array = _as_numbers(name, value)
+    array = _as_numpy(name, value)
     if not _is_whole(array):
         raise InputError(f"{name}: expected {expected}, got {array.dtype if array.ndim else repr(value)}; {remedy}")
     return _as_whole(name, array, np.dtype(dtype), remedy)
@@ -101,7 +106,7 @@ def plain(value: Any) -> Any:
     return value.item() if is_scalar else value
 
 
-def _as_numbers(name: str, value: Any) -> Any:
+def _as_numpy(name: str, value: Any) -> Any:
     """`value` as it is: a JAX array, or a numpy one in the machine's byte order (of objects: Python's large ints)."""
     kind = type(value).__name__
     if hasattr(type(value), "__jax_array__") and not isinstance(value, jax.Array):
@@ -133,6 +138,15 @@ def _as_numbers(name: str, value: Any) -> Any:
             f"{', '.join(NUMBERS)}"
         )
     return value.astype(dtype.newbyteorder("=")) if isinstance(value, np.ndarray) and not dtype.isnative else value
+
+
+def _without_objects(name: str, array: Any) -> Any:
+    if not _holds_objects(array):
+        return array
+    try:
+        return array.astype(np.float64)
+    except OverflowError:
+        raise InputError(f"{name}: a whole number is beyond float64; use smaller units") from None
 
 
 def _is_whole(array: Any) -> bool:
@@ -211,9 +225,9 @@ def require_computable(name: str, tree: Any, *, any_floats: bool = False) -> Non
 
 
 def require_setting(name: str, value: Any, least: int, remedy: str, *, whole: bool = False) -> None:
-    """Raise if a solver's setting, a number or an array of them, is no number or known to be below `least`.
+    """Raise if a solver's setting, a number or an array of them, is no number, or known to be below `least`.
 
-    A whole number may be known to be above the largest int32 neither.
+    Also where it is a whole number that is known to be beyond what it becomes: int32 for `whole`, else JAX's own type.
     """
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     integer = type(value) is int or jnp.issubdtype(array.dtype, jnp.integer)

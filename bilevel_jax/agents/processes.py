@@ -20,7 +20,14 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.estimators import SampledProblem
 from bilevel_jax.indexing import gather
 from bilevel_jax.regularizers import KLDivergence, Regularizer
-from bilevel_jax.validation import as_float, as_integer, as_size, require_at_least, require_probability
+from bilevel_jax.validation import (
+    as_float,
+    as_integer,
+    as_size,
+    require_at_least,
+    require_computable,
+    require_probability,
+)
 
 
 class Processes(eqx.Module):
@@ -35,6 +42,7 @@ class Processes(eqx.Module):
     count: int = eqx.field(static=True)
 
     def __init__(self, problem: SampledProblem, count: int, limit: Any):
+        require_computable("problem", problem, any_floats=True)
         inner = problem.environment
         require_every_action(inner, "an agent")
         self.limit = jnp.asarray(problem.horizon if limit is None else limit, jnp.int32)

@@ -90,6 +90,7 @@ def segments(trajectories: Trajectory, starts: jax.Array, length: int) -> Trajec
     horizon = trajectories.action.shape[1]
     if _count("length", length) > horizon:
         raise InputError(f"length: expected 1 to the horizon {horizon}, got {length}")
+    starts = as_integer("starts", starts, f"give steps from 0 to {horizon - length}")
     starts = jnp.clip(starts, 0, horizon - length)
 
     def cut(leaf: jax.Array, start: jax.Array) -> jax.Array:

@@ -98,7 +98,8 @@ class StateBaseline(_Subtracted):
         count = jnp.zeros_like(table).at[states].add(weight)
         mean = jnp.zeros_like(table).at[states].add(weight * ahead) / jnp.maximum(count, 1)
         batches = batches + (count > 0).astype(batches.dtype)
-        rate = jnp.where(count > 0, jnp.maximum(1 / jnp.maximum(batches, 1), self.step_size), 0)
+        least = jnp.asarray(self.step_size, table.dtype)
+        rate = jnp.where(count > 0, jnp.maximum(1 / jnp.maximum(batches, 1), least), 0)
         return table + rate * (mean - table), batches
 
     def values(self, state, problem, groups, costs):

@@ -14,7 +14,7 @@ from bilevel_jax.estimators.problem import SampledProblem, temperature_of
 from bilevel_jax.estimators.responses import Response
 from bilevel_jax.functions import ActionFunction
 from bilevel_jax.hypergradient.problem import as_upper_variable
-from bilevel_jax.validation import as_integer
+from bilevel_jax.validation import as_integer, require_computable
 
 
 class Estimate(NamedTuple):
@@ -108,6 +108,7 @@ def estimate_from(
     weights: jax.Array | None = None,
 ) -> Estimate:
     """`estimate` from groups [N, I, H] that were drawn already; with importance weights [N] under any policy."""
+    require_computable("problem", problem, any_floats=True)
     x = as_upper_variable(x)
     baseline = LeaveOneOut() if baseline is None else baseline
     _, for_response = jax.random.split(key)

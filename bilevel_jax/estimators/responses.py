@@ -242,7 +242,8 @@ class LearnedCritic(Response):
         pi = tabulate(policy, environment.num_states).values.astype(flat.dtype)
         seen = Counts.of(environment, groups, flat.dtype)
         batches = batches + (seen.visits > 0).astype(flat.dtype)
-        rate = jnp.where(seen.visits > 0, jnp.maximum(1 / jnp.maximum(batches, 1), self.step_size), 0)
+        least = jnp.asarray(self.step_size, flat.dtype)
+        rate = jnp.where(seen.visits > 0, jnp.maximum(1 / jnp.maximum(batches, 1), least), 0)
         follows = problem.discount.astype(flat.dtype) * seen.transition()
 
         def sweep(critic, _):

@@ -13,27 +13,20 @@ from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
 from bilevel_jax.memory import require_room
 from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
-from bilevel_jax.validation import is_known
+from bilevel_jax.validation import as_numpy, is_known
 
 # The first correction leaves an error of a rounding or two, which moves the sum again.
 ROUNDS = 3
 
 
-def as_numbers(name: str, value: Any) -> np.ndarray:
-    """`value` as a numpy array of floats. Raises InputError."""
-    try:
-        array = np.asarray(value)
-        return array if np.issubdtype(array.dtype, np.floating) else array.astype(float)
-    except (TypeError, ValueError, jax.errors.TracerArrayConversionError) as error:
-        raise InputError(f"{name}: expected an array of numbers, got {type(value).__name__} ({error})") from None
-
-
 def as_matrix(name: str, value: Any, shape: tuple[int, ...] | None = None) -> Any:
     """`value`, sparse or not, as a CSR matrix of floats with sorted rows. Raises InputError."""
     if not sparse.issparse(value):
-        value = as_numbers(name, value)
+        value = as_numpy(name, value)
         if value.ndim != 2:
             raise InputError(f"{name}: expected a matrix, got shape {list(value.shape)}")
+    if np.issubdtype(value.dtype, np.complexfloating):
+        raise InputError(f"{name}: expected real numbers, got {value.dtype}; take the real part")
     matrix: Any = sparse.csr_array(value)
     if not np.issubdtype(matrix.dtype, np.floating):
         matrix = matrix.astype(float)

@@ -9,7 +9,6 @@ from scipy import sparse
 from bilevel_jax.errors import InputError
 from bilevel_jax.interchange.common import (
     as_matrix,
-    as_numbers,
     bytes_of,
     require_room_for_pairs,
     successors,
@@ -17,6 +16,7 @@ from bilevel_jax.interchange.common import (
 from bilevel_jax.mdp import MDP
 from bilevel_jax.memory import require_room
 from bilevel_jax.transitions import SuccessorTransition
+from bilevel_jax.validation import as_numpy
 
 
 def read(env: Any, discount: Any, initial: Any) -> MDP:
@@ -56,7 +56,7 @@ def read(env: Any, discount: Any, initial: Any) -> MDP:
     if initial is None:
         initial = getattr(inner, "initial_state_distrib", None)
     if (goes < 1).any():
-        discount = as_numbers("discount", discount) * goes
+        discount = as_numpy("discount", discount) * goes
     kernel = successors(rows, reward.shape[1], mask, given)
     return MDP(kernel, reward, discount, initial, mask)
 

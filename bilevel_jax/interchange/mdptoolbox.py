@@ -8,7 +8,6 @@ from scipy import sparse
 from bilevel_jax.errors import InputError
 from bilevel_jax.interchange.common import (
     as_matrix,
-    as_numbers,
     by_action,
     by_pair,
     dense,
@@ -21,6 +20,7 @@ from bilevel_jax.interchange.common import (
 )
 from bilevel_jax.mdp import MDP
 from bilevel_jax.transitions import DenseTransition
+from bilevel_jax.validation import as_numpy
 
 
 def read(transition: Any, reward: Any, discount: Any, initial: Any) -> MDP:
@@ -31,7 +31,7 @@ def read(transition: Any, reward: Any, discount: Any, initial: Any) -> MDP:
         matrices = [as_matrix(f"transition[{a}]", transition[a], (first, first)) for a in range(count)]
         kernel: Any = successors(by_pair(matrices), count)
     else:
-        array = as_numbers("transition", transition)
+        array = as_numpy("transition", transition)
         if array.ndim != 3 or array.shape[1] != array.shape[2]:
             raise InputError(
                 f"transition: expected shape [A, S, S] or a list of A matrices [S, S], got {list(array.shape)}"
@@ -54,7 +54,7 @@ def _expected(reward: Any, matrices: list[Any]) -> np.ndarray:
         if len(parts) != actions:
             raise InputError(f"reward: expected shape {shapes}, got {len(parts)} matrices")
     else:
-        array = as_numbers("reward", reward)
+        array = as_numpy("reward", reward)
         if array.shape == (states,):
             return np.repeat(array[:, None], actions, 1)
         if array.shape == (states, actions):

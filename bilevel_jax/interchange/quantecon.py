@@ -8,7 +8,6 @@ from scipy import sparse
 from bilevel_jax.errors import InputError
 from bilevel_jax.interchange.common import (
     as_matrix,
-    as_numbers,
     bytes_of,
     dense,
     joined_reward,
@@ -24,6 +23,7 @@ from bilevel_jax.interchange.common import (
 from bilevel_jax.mdp import MDP
 from bilevel_jax.memory import require_room
 from bilevel_jax.transitions import DenseTransition
+from bilevel_jax.validation import as_numpy
 
 
 def read(reward: Any, transition: Any, discount: Any, s_indices: Any, a_indices: Any, initial: Any) -> MDP:
@@ -34,14 +34,14 @@ def read(reward: Any, transition: Any, discount: Any, s_indices: Any, a_indices:
         s_indices, a_indices = process.s_indices, process.a_indices
     if transition is None or discount is None:
         raise InputError("transition: give a DiscreteDP, or reward, transition and discount")
-    reward = as_numbers("reward", reward)
+    reward = as_numpy("reward", reward)
     if (s_indices is None) != (a_indices is None):
         raise InputError("s_indices, a_indices: give both, for state-action pairs, or none")
     if s_indices is not None:
         return _of_pairs(reward, transition, discount, s_indices, a_indices, initial)
     if sparse.issparse(transition):
         raise InputError("s_indices: a sparse transition is one row for each state-action pair; say which they are")
-    array = as_numbers("transition", transition)
+    array = as_numpy("transition", transition)
     if array.ndim != 3 or array.shape != (*reward.shape, reward.shape[0]):
         raise InputError(
             f"transition: expected shape [S, A, S] with rewards [S, A], got {list(array.shape)} with "

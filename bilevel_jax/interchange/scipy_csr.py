@@ -7,7 +7,6 @@ import numpy as np
 from bilevel_jax.errors import InputError
 from bilevel_jax.interchange.common import (
     as_matrix,
-    as_numbers,
     by_pair,
     joined_reward,
     require_exportable,
@@ -17,11 +16,12 @@ from bilevel_jax.interchange.common import (
     the_discount,
 )
 from bilevel_jax.mdp import MDP
+from bilevel_jax.validation import as_numpy
 
 
 def read(matrices: Any, reward: Any, discount: Any, initial: Any) -> MDP:
     """See `MDP.from_scipy`."""
-    reward = as_numbers("reward", reward)
+    reward = as_numpy("reward", reward)
     if reward.ndim != 2:
         raise InputError(f"reward: expected shape [S, A], got {list(reward.shape)}")
     states, actions = reward.shape

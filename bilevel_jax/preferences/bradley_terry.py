@@ -13,12 +13,12 @@ FIRST, TIE, SECOND = 1.0, 0.5, 0.0
 
 def segment_return(rewards: jax.Array, valid: jax.Array) -> jax.Array:
     """The undiscounted sum of rewards [..., H] over valid steps [..., H], [...]. Others may hold anything, NaN too."""
-    return jnp.sum(jnp.where(valid, rewards, 0), -1)
+    return jnp.sum(jnp.where(valid, as_float("rewards", rewards), 0), -1)
 
 
 def preference_probability(return_1: jax.Array, return_2: jax.Array) -> jax.Array:
     """P(first over second), [...], from returns [...]."""
-    return jax.nn.sigmoid(return_1 - return_2)
+    return jax.nn.sigmoid(gain_of(return_1, return_2))
 
 
 def log_likelihood(return_1: Any, return_2: Any, label: Any) -> jax.Array:

@@ -233,7 +233,7 @@ def test_sharded_over_devices(tmp_path):
 @pytest.mark.slow
 def test_documentation():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     page = {"__name__": "page"}
     with jax.numpy_dtype_promotion("standard"):
         for block in blocks:
@@ -245,6 +245,7 @@ def test_documentation():
     )
     assert_trees_close(page["gradient"], expected)
     assert page["losses"].shape == (2, 3, 30)
+    np.testing.assert_allclose(page["after"] - page["before"], 70, rtol=1e-9)
     assert np.all(page["losses"][..., -1] < page["losses"][..., 0])
     one = bj.hypergradient(page["problem"], jax.tree.map(lambda leaf: leaf[1], page["batch"])).gradient
     assert_trees_close(jax.tree.map(lambda leaf: leaf[1], page["hgs"].gradient), one)

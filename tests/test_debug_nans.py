@@ -8,6 +8,7 @@ from sampled_helpers import garnet
 
 import bilevel_jax as bj
 from bilevel_jax.agents import ExactAgent
+from bilevel_jax.runner.cli import main
 
 METHODS = {
     "implicit": bj.Implicit(),
@@ -55,3 +56,10 @@ def test_reports_of_algorithms(name):
         if name == "naive":
             with pytest.raises(bj.ConvergenceError, match="hyper-gradient estimate"):
                 bj.check(type(info)(**{**vars(bad), "result": jnp.asarray(2)}))
+
+
+@pytest.mark.slow
+def test_the_command_line_keeps_its_results(tmp_path):
+    (tmp_path / "run.yaml").write_text("problem: {name: synthetic, dimension: 3}\niterations: 20\n")
+    assert main(["run", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "summary.json").exists()

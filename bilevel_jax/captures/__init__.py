@@ -5,11 +5,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 
 from bilevel_jax.captures.watch import is_tracing, tokens_of, tracing
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # JAX keeps what it traces and compiles under each value of this apart, in all its caches: also in those of helpers
 # that the user jitted, and of loops whose body is the user's.
@@ -49,15 +52,15 @@ def jit(
     return call
 
 
-def as_run_by_jit(function: Callable) -> Callable:
+def as_run_by_jit(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, which calls the user's functions where nothing is compiled, seeing the same edits as `jit` does."""
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if is_tracing():
-            return function(*args)
-        with _CONTEXT(tokens_of(args)), tracing():
-            return function(*args)
+            return function(*args, **kwargs)
+        with _CONTEXT(tokens_of((*args, *kwargs.values()))), tracing():
+            return function(*args, **kwargs)
 
     return call
 

@@ -140,7 +140,7 @@ class Reading:
 
     def _jax_array(self, array: Any) -> None:
         if (
-            jax.dtypes.issubdtype(array.dtype, jax.dtypes.extended)
+            jax.numpy.issubdtype(array.dtype, jax.dtypes.extended)
             or array.is_deleted()
             or array.nbytes > LARGE
             or not array.is_fully_addressable

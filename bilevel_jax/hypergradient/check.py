@@ -272,11 +272,11 @@ def _parts(
         labels = [
             f"{name}(x){jax.tree_util.keystr(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(derivatives)
         ]
-        for label, *leaf in zip(labels, jax.tree.leaves(derivatives), jax.tree.leaves(values), strict=True):
-            row = compare(label, *leaf, size)
+        for label, derivative, six in zip(labels, jax.tree.leaves(derivatives), jax.tree.leaves(values), strict=True):
+            row = compare(label, derivative, six, size)
             if row.derivative or row.reference or not row.agrees:  # what x does not move says nothing
                 rows.append(row)
-    return rows + [compare(label, *along) for label, along in found.items()]
+    return rows + [compare(label, one.derivative, one.values, one.size) for label, one in found.items()]
 
 
 @jit

@@ -25,9 +25,9 @@ class Hypergradient(eqx.Module):
     value: jax.Array
     gradient: Any
     solution: Solution
-    adjoint: Any  # jax.Array, or None; the same for LinearStats
+    adjoint: Any  # jax.Array, or None; the same for LinearStats and error
     stats: Any
-    error: jax.Array | None
+    error: Any
 
     def outcomes(self) -> tuple[Outcome, ...]:
         adjoint = () if self.stats is None else (Outcome("adjoint", self.stats.result, self.stats.error_bound),)

@@ -47,7 +47,8 @@ def _from_mpf(array):
     def narrow(x):
         mantissa, exponent = mpmath.frexp(x)
         high = float(mantissa)
-        return np.ldexp(LONG_DOUBLE(high) + LONG_DOUBLE(float(mantissa - high)), int(exponent))
+        exponent = max(-(2**20), min(int(exponent), 2**20))  # exp of what is far below the best is 0 in long double
+        return np.ldexp(LONG_DOUBLE(high) + LONG_DOUBLE(float(mantissa - high)), exponent)
 
     return np.frompyfunc(narrow, 1, 1)(array).astype(LONG_DOUBLE)
 

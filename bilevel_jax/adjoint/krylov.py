@@ -35,10 +35,10 @@ FAILURES = 9
 # next to nothing this near to rounding is the last.
 FLOOR = 4
 NEAR_FLOOR = 64
-# Where an LU factorization can take over, that is for as many products as take its time at most; and as soon as
-# a part of them gained so little that the rest would take longer than the factorization does. Not sooner: what gains
-# nothing at first, as above, may still be done in a fraction of that time.
-TRIAL = 1 / 8
+# Where an LU factorization can take over, products go on for its time at most; and from this part of it on, as long as
+# what they gained says that the rest takes no longer than the factorization. Not sooner: what gains nothing at first,
+# as above, may still be done by then (goal grids of 500 states in a quarter to a half of that time).
+TRIAL = 1 / 2
 
 
 class Progress(NamedTuple):

@@ -93,6 +93,12 @@ def min_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lax.reduce((x, x), (infinity, -infinity), combine, tuple(range(x.ndim)))
 
 
+def is_any(x: jax.Array) -> jax.Array:
+    """Where an entry is not 0, by its bits: devices take numbers below the smallest normal one for 0."""
+    bits = lax.bitcast_convert_type(x, jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32)
+    return (bits << 1) != 0
+
+
 def _reduce(x: jax.Array, combine: Callable, whole: Callable) -> jax.Array:
     length = x.shape[-1]
     if not 0 < length <= UNROLLED:

@@ -18,7 +18,7 @@ from jax import lax
 from bilevel_jax import rounding
 from bilevel_jax.bellman import sizes_of, sup_norm
 from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import min_max
+from bilevel_jax.reductions import is_any, min_max
 from bilevel_jax.regularizers import Regularizer
 
 
@@ -118,6 +118,9 @@ def certify(
     gap = backup - value
     sizes = sizes_of(mdp, regularizer, value, q, backup)
     noise = rounding.of_sweep(terms, discounts.most * sup_norm(value), jnp.max(sizes.q), jnp.max(sizes.spread))
+    # Where there is nothing at all, nothing is rounded.
+    empty = ~jnp.any(is_any(mdp.reward)) & (sup_norm(value) == 0) & (jnp.max(sizes.spread) == 0)
+    noise = jnp.where(empty, 0, noise)
 
     def excess(expected):
         return jnp.max(jnp.abs(gap) / rounding.of_sweep(terms, expected, sizes.q, sizes.spread))
@@ -137,12 +140,12 @@ def certify(
     proven = bracket(discounts, low, high, noise)
     # V* - V is between gap + lower and gap + upper.
     error = jnp.maximum(high + proven.upper, -(low + proven.lower))
-    collected = sup_norm(sizes.collected) + rounding.underflow(terms, value.dtype)
+    collected = sup_norm(sizes.collected) + 2 * rounding.underflow(terms, value.dtype)
     horizon = jnp.where(discounts.most < 1, 1 / (1 - discounts.most), jnp.inf)
     return Certificate(
         jnp.maximum(high, -low),
         error + proven.rounding,
-        2 * (proven.half_width + proven.rounding),
+        2 * (proven.half_width + proven.rounding) + horizon * rounding.of_policy(regularizer.temperature, value.dtype),
         noise,
         collected * horizon,
         exact,

@@ -41,7 +41,7 @@ class StencilOperator(StateOperator):
         size = self.weight.shape[-1]
         rows = jnp.arange(size)
         # An entry beyond either end has weight 0, wherever it is written.
-        columns = (rows + np.asarray(self.offsets, np.int32)[:, None].astype(rows.dtype)) % size
+        columns = (rows[None] + np.asarray(self.offsets, np.int32)[:, None].astype(rows.dtype)) % size
         return jnp.zeros((size, size), self.weight.dtype).at[rows, columns].add(self.weight)
 
     def diagonal(self):

@@ -14,6 +14,7 @@
   grad             CONVERGED, and `jax.grad` of `solve` is finite and farther from the reference than that
   not finite       CONVERGED with numbers that are not finite
   raises           an exception
+A bound below the smallest normal number of the dtype counts as that number: processors flush what is below to 0.
 """
 
 import functools
@@ -67,8 +68,8 @@ class Verdict(NamedTuple):
         if self.code == "PRECISION_LIMIT" and case.structure.tolerance:
             below = case.seed % UNREACHABLE_EVERY == 0
             return f"PRECISION_LIMIT: a tolerance {'below' if below else 'above'} {REACHABLE} units of rounding"
-        if self.code == "MAX_STEPS" and solver in SWEEPING and case.discount > 3:
-            return "MAX_STEPS: a solver that only sweeps, discount above 0.999"
+        if self.code == "MAX_STEPS" and case.discount > SWEEPING.get(solver, np.inf):
+            return "MAX_STEPS: a solver that only sweeps, near discount 1"
         return f"{self.code}: {solver}, {case.structure.dtype}, {case.structure.kind}, reward {case.reward}"
 
 
@@ -218,7 +219,7 @@ class _Judge:
             widen = reference.exact.arithmetic.widen
             return np.abs(widen(solution.value) - reference.value), reference.uncertainty
 
-        if not self.holds(off, bound):
+        if not self.holds(off, max(bound, self.tiny)):
             self.fault(
                 "bound" if self.converged else "bound, told",
                 f"error {float(off(self.reference)[0].max()):.3g} > bound {bound:.3g}; implied {known.implied:.3g}",
@@ -261,7 +262,7 @@ class _Judge:
 
         if not np.isfinite(claimed):
             self.fault("suboptimality", f"claimed {claimed}")
-        elif not self.holds(lost, claimed):
+        elif not self.holds(lost, max(claimed, self.tiny)):
             loss = float(lost(self.reference)[0].max())
             self.fault("suboptimality", f"the policy loses {loss:.3g} > {claimed:.3g}")
 

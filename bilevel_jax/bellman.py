@@ -10,7 +10,7 @@ import numpy as np
 from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import sum_last
+from bilevel_jax.reductions import is_any, sum_last
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.transitions import PolicyOperator, StateOperator
 from bilevel_jax.validation import is_known
@@ -82,13 +82,15 @@ class Sizes(NamedTuple):
     """How large the numbers are that a sweep at V is made of, [S] each, weighted by the policy at V.
 
     `q` sum_a pi |Q| + |T V|; `spread` |T V - max Q|; `collected` sum_a pi r - Omega(pi), what the policy collects in a
-    step; `expectation` sum_a pi |discount E V|, at most what `expected()` is.
+    step; `expectation` sum_a pi |discount E V|, at most what `expected()` is. `empty`, a bool: no reward that the
+    policy collects has a bit that is not 0.
     """
 
     q: jax.Array
     spread: jax.Array
     collected: jax.Array
     expectation: jax.Array
+    empty: jax.Array
     expected: Callable[[], jax.Array]
 
 
@@ -104,6 +106,7 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: jax.Array, q: jax.Array,
         jnp.abs(backup - regularizer.highest(q)),
         taken(mdp.reward) - regularizer.penalty(policy),
         taken(jnp.abs(q - mdp.reward)),
+        ~jnp.any((policy > 0) & is_any(mdp.reward)),
         lambda: taken(mdp.discount * mdp.transition.expect(jnp.abs(value))),
     )
 

@@ -16,6 +16,19 @@ from jax import lax
 from bilevel_jax.rounding import LEAST_BURST, PATIENCE
 
 
+def only_if(condition: jax.Array, make: Callable[[], jax.Array], otherwise: jax.Array) -> jax.Array:
+    """`make()` where a condition holds, or `otherwise`.
+
+    A loop of one round, not a condition: where vmap advances a batch, it is left out unless an element needs it.
+    """
+
+    def once(carry):
+        del carry
+        return make(), jnp.asarray(False)
+
+    return lax.while_loop(lambda carry: carry[1], once, (otherwise, condition))[0]
+
+
 class Found(NamedTuple):
     """What a close look found.
 

@@ -183,7 +183,7 @@ def upper_regularizer(x, kind: str) -> bj.Regularizer:
 def upper_objective(x, solution):
     """Nonlinear in value, q, policy and x; over all contexts if there are some."""
     a, b, c = WEIGHTS
-    a = jnp.broadcast_to(a, solution.value.shape)
+    a, (b, c) = jnp.broadcast_to(a, solution.value.shape), (jnp.broadcast_to(w, solution.q.shape) for w in (b, c))
     lower = jnp.sum(a * solution.value**2) + jnp.sum(b * jnp.sin(solution.q)) + jnp.sum(c * solution.policy**2)
     return lower + 0.1 * jnp.sum(x["reward"] ** 2) * x["temperature"]
 

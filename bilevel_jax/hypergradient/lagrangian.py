@@ -36,14 +36,18 @@ class Paid(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """The summands of dL/dx, pytrees as x: df/dx directly, df/dtheta by what is read off V, and w' dT/dtheta."""
+    """The summands of dL/dx, pytrees as x: df/dx directly, df/dtheta by what is read off V, and w' dT/dtheta.
+
+    `mixed`, the size of what the latter two are sums of: each of their terms with an arbitrary sign.
+    """
 
     direct: Any
     read: Any
     backup: Any
+    mixed: Any
 
     def total(self) -> Any:
-        return jax.tree.map(lambda a, b, c: a + b + c, *self)
+        return jax.tree.map(lambda a, b, c: a + b + c, self.direct, self.read, self.backup)
 
 
 class Lagrangian:
@@ -84,9 +88,13 @@ class Lagrangian:
 
     def parts(self, paid: Paid, value: jax.Array, w: jax.Array) -> Parts:
         """The summands of `gradient`."""
-        both = jax.tree.map(lambda *leaves: jnp.stack(leaves), paid.of_theta, self._of_backup(value, w))
-        (pulled,) = jax.vmap(self._pull)(both)  # at once: what x's derivatives are made of is read once
-        return Parts(paid.of_x, *(jax.tree.map(lambda leaf, i=i: leaf[i], pulled) for i in range(2)))
+
+        def stacked(read, backup):
+            return jnp.stack([read, backup, _signs(read) * (jnp.abs(read) + jnp.abs(backup))])
+
+        each = jax.tree.map(stacked, paid.of_theta, self._of_backup(value, w))
+        (pulled,) = jax.vmap(self._pull)(each)  # at once: what x's derivatives are made of is read once
+        return Parts(paid.of_x, *(jax.tree.map(lambda leaf, i=i: leaf[i], pulled) for i in range(3)))
 
     def _of_backup(self, value: jax.Array, w: jax.Array) -> Any:
         _, pull = jax.vjp(lambda theta: over_batch(backup)(*self.lower(theta), value), self._theta)
@@ -105,6 +113,13 @@ class Lagrangian:
     ) -> tuple[jax.Array, LinearStats]:
         """w[S] with (I - discount P_pi)' w = rhs, from `guess` (zeros if None)."""
         return _solve_adjoint(*self.lower(), policy, rhs, guess, solver=solver)
+
+
+def _signs(like: jax.Array) -> jax.Array:
+    """1 and -1 without a pattern, of the shape of `like`: a bit of a multiplicative hash of the place."""
+    place = lax.iota(jnp.uint32, like.size) * jnp.uint32(2654435769)
+    bit = (place ^ (place >> 15)) * jnp.uint32(2246822519) >> 31
+    return (1 - 2 * bit.astype(like.dtype)).reshape(like.shape)
 
 
 def _push(mdp, regularizer, policy, w):

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from bilevel_jax import rounding
-from bilevel_jax.bellman import sizes_of, sup_norm
+from bilevel_jax.bellman import action_values, sizes_of, sup_norm
 from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import is_any, min_max
+from bilevel_jax.reductions import min_max
 from bilevel_jax.regularizers import Regularizer
+from bilevel_jax.rounds import only_if
 
 
 class Discounts(NamedTuple):
@@ -83,6 +83,21 @@ def _times(gap: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.where(gap == 0, 0, gap * factor)
 
 
+def excess_below(
+    mdp: MDP, regularizer: Regularizer, discounts: Discounts, value: jax.Array, backup: jax.Array, shift: jax.Array
+) -> jax.Array:
+    """The largest |T (V + shift) - (V + shift)| of a state in units of the rounding of its equation at V, a scalar.
+
+    Near discount 1 a large constant has a small residual: (1 - discount) shift, which the rounding of V + shift would
+    cover, whatever V is. What the shift is measured by is the equation without it.
+    """
+    q = action_values(mdp, value)
+    sizes = sizes_of(mdp, regularizer, value, q, backup)
+    allowed = rounding.of_sweep(mdp.transition.terms, sizes.expected(), sizes.q, sizes.spread)
+    left = [jnp.abs(backup - value - (1 - discount) * shift) for discount in discounts]
+    return jnp.max(jnp.maximum(*left) / allowed)
+
+
 class Certificate(NamedTuple):
     """What one sweep at V proves of it; scalars.
 
@@ -119,7 +134,7 @@ def certify(
     sizes = sizes_of(mdp, regularizer, value, q, backup)
     noise = rounding.of_sweep(terms, discounts.most * sup_norm(value), jnp.max(sizes.q), jnp.max(sizes.spread))
     # Where there is nothing at all, nothing is rounded.
-    empty = ~jnp.any(is_any(mdp.reward)) & (sup_norm(value) == 0) & (jnp.max(sizes.spread) == 0)
+    empty = sizes.empty & (sup_norm(value) == 0) & (jnp.max(sizes.spread) == 0)
     noise = jnp.where(empty, 0, noise)
 
     def excess(expected):
@@ -128,13 +143,7 @@ def certify(
     # |E V| <= E|V|: a state whose equation holds to the rounding of |E V| needs no second expectation.
     rough = excess(sizes.expectation)
 
-    def refine(carry):
-        del carry
-        return excess(sizes.expected()), jnp.asarray(False)
-
-    # A loop of one round, not a condition: where vmap advances a batch, it is left out unless an element needs it.
-    unclear = by_state & (rough > rounding.AT_WORKING_PRECISION)
-    exact, _ = lax.while_loop(lambda carry: carry[1], refine, (rough, unclear))
+    exact = only_if(by_state & (rough > rounding.AT_WORKING_PRECISION), lambda: excess(sizes.expected()), rough)
 
     low, high = min_max(gap)
     proven = bracket(discounts, low, high, noise)

@@ -13,13 +13,14 @@ from bilevel_jax.mdp import MDP
 from bilevel_jax.reductions import min_max
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Result
-from bilevel_jax.rounds import Found, in_rounds
+from bilevel_jax.rounds import Found, in_rounds, only_if
 from bilevel_jax.solvers.certificate import (
     Bracket,
     Certificate,
     bracket,
     certify,
     contraction_only,
+    excess_below,
     expected_discounts,
 )
 from bilevel_jax.validation import require_stopping
@@ -183,7 +184,7 @@ def iterate(
     def find(walk: Walk, found: Found) -> Found:
         seen, residual, noise = look(walk, found)
         limited = at_rounding(seen, walk.previous)
-        shift, wide = jnp.zeros_like(residual), seen.reach
+        shift, wide, centred = jnp.zeros_like(residual), seen.reach, jnp.asarray(False)
         if solver.is_centred:
             # The middle of the bracket, unless it is noise: an absorbing end pins the level, and so may others.
             near = seen.reach + seen.rounding <= found.asked
@@ -200,7 +201,15 @@ def iterate(
         proven = proven._replace(error_bound=jnp.minimum(proven.error_bound, before))
         if to_working_precision:
             asked = found.asked
-            accepted = (proven.excess <= rounding.AT_WORKING_PRECISION) & (proven.error_bound <= proven.implied)
+            excess = only_if(
+                centred & limited,
+                lambda: jnp.maximum(
+                    proven.excess, excess_below(mdp, regularizer, discounts, walk.value, walk.backup, shift)
+                ),
+                proven.excess,
+            )
+            proven = proven._replace(excess=excess)
+            accepted = (excess <= rounding.AT_WORKING_PRECISION) & (proven.error_bound <= proven.implied)
         else:
             asked = jnp.minimum(found.asked, proven.implied)
             accepted = proven.error_bound <= asked

@@ -138,12 +138,13 @@ def case(choose: Choose, of: Structure) -> Case:
     most = NEAR_ONE[of.dtype]
     if choose.whole(0, 49):
         most = min(most, SWEEPING.get(of.solver, most))
-    discount = choose.pick((0.0, choose.number(0.0, 2.0), choose.number(0.0, most), choose.number(0.0, most), most))
+    spread = choose.number(0.0, most), choose.number(0.0, most)
+    discount = choose.pick((0.0, choose.number(0.0, 2.0), *spread, spread[0] if choose.whole(0, 3) else most))
     scale = choose.pick((0, 0, 0, choose.whole(SMALLEST, LARGEST)))
     return Case(
         of,
         choose.pick(of.shapes),
-        choose.pick(REWARDS),
+        choose.pick(REWARDS if choose.whole(0, 2) == 0 else tuple(r for r in REWARDS if r != "tiny")),
         choose.whole(0, 2**31 - 1),
         discount,
         scale,

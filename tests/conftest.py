@@ -1,9 +1,11 @@
 """Tests run in float64 with strict promotion of dtypes and of ranks; float32 is asked for where it is tested.
 
 Nearly all of most tests' time is XLA's compile time: without LLVM's optimizations and the MLIR fusion emitters it is
-half of what it was. Slow tests that run for longer than they compile keep the cheaper optimizations. An XLA_FLAGS that
-is already set, even to nothing, is left alone: `XLA_FLAGS= pytest` compiles as users do. Processes that tests start
-inherit the flags; test_no_hang.py, for which they matter, removes them.
+half of what it was. Slow tests that run for longer than they compile keep the cheaper optimizations. `--compile as-users`
+leaves XLA its own settings, and so does an XLA_FLAGS that is already set, even to nothing; `--isa AVX2` has it use no more
+than these instructions. Results must hold in all of them: rounding differs, with and without contracted multiply-adds.
+`.ci/nightly` runs the `numerical` files in each. Processes that tests start inherit the flags; test_no_hang.py, for
+which they matter, removes them.
 """
 
 import gc
@@ -45,9 +47,44 @@ def known(flags):
     return found
 
 
-# XLA reads them when something is first compiled; xdist's workers inherit them.
-OURS = " ".join(f"--{flag}={FLAGS[flag]}" for flag in sorted(known(FLAGS)))
-CHEAPLY = os.environ.setdefault("XLA_FLAGS", OURS) == OURS
+# Whose numbers depend on how they are compiled.
+NUMERICAL = {
+    "test_adjoint",
+    "test_certificates",
+    "test_derivatives",
+    "test_failures",
+    "test_hypergradient",
+    "test_low_temperature",
+    "test_methods",
+    "test_regularizers",
+    "test_rounding",
+    "test_solve",
+    "test_solvers",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--compile", choices=("cheaply", "as-users"), help="cheaply, unless XLA_FLAGS is set")
+    parser.addoption("--isa", help="the most that XLA may use: SSE4_2, AVX, AVX2 or AVX512")
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput"):  # the flags are inherited, the options passed on
+        return
+    if config.option.compile is None:
+        config.option.compile = "as-users" if "XLA_FLAGS" in os.environ else "cheaply"
+    wanted = FLAGS if config.option.compile == "cheaply" else {}
+    if config.option.isa:
+        wanted = wanted | {"xla_cpu_max_isa": config.option.isa}
+    ours = [f"--{flag}={wanted[flag]}" for flag in sorted(known(wanted))]
+    # XLA reads them when something is first compiled; xdist's workers inherit them.
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *ours]).strip()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.module.__name__ in NUMERICAL:
+            item.add_marker("numerical")
 
 
 # Every program that XLA compiled holds several memory mappings; a process may have 65,530 and dies of one more.
@@ -64,6 +101,6 @@ def pytest_runtest_teardown():
 
 @pytest.hookimpl(tryfirst=True)  # before fixtures compile
 def pytest_runtest_setup(item):
-    if CHEAPLY:
+    if item.config.option.compile == "cheaply":
         runs_long = item.get_closest_marker("slow") and item.module.__name__ in RUN_LONG
         jax.config.update("jax_disable_most_optimizations", not runs_long)

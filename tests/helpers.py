@@ -182,8 +182,8 @@ def upper_regularizer(x, kind: str) -> bj.Regularizer:
 
 def upper_objective(x, solution):
     """Nonlinear in value, q, policy and x; over all contexts if there are some."""
-    a, b, c = WEIGHTS
-    a = jnp.broadcast_to(a, solution.value.shape)
+    parts = solution.value, solution.q, solution.policy
+    a, b, c = (jnp.broadcast_to(weight, part.shape) for weight, part in zip(WEIGHTS, parts, strict=True))
     lower = jnp.sum(a * solution.value**2) + jnp.sum(b * jnp.sin(solution.q)) + jnp.sum(c * solution.policy**2)
     return lower + 0.1 * jnp.sum(x["reward"] ** 2) * x["temperature"]
 

@@ -172,7 +172,7 @@ def upper_start(seed: int = 1):
 
 def upper_mdp(x, contexts=None) -> bj.MDP:
     """Reward, softmax transitions and sigmoid discount of x; `contexts` [C, S, A] shift the reward of each."""
-    reward = x["reward"] if contexts is None else x["reward"][None] + contexts
+    reward = x["reward"] if contexts is None else jnp.broadcast_to(x["reward"], contexts.shape) + contexts
     return bj.MDP(jax.nn.softmax(x["transition"]), reward, jax.nn.sigmoid(x["discount"]))
 
 

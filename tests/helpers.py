@@ -172,7 +172,7 @@ def upper_start(seed: int = 1):
 
 def upper_mdp(x, contexts=None) -> bj.MDP:
     """Reward, softmax transitions and sigmoid discount of x; `contexts` [C, S, A] shift the reward of each."""
-    reward = x["reward"] if contexts is None else x["reward"][None] + contexts
+    reward = x["reward"] if contexts is None else jnp.broadcast_to(x["reward"], contexts.shape) + contexts
     return bj.MDP(jax.nn.softmax(x["transition"]), reward, jax.nn.sigmoid(x["discount"]))
 
 
@@ -182,8 +182,8 @@ def upper_regularizer(x, kind: str) -> bj.Regularizer:
 
 def upper_objective(x, solution):
     """Nonlinear in value, q, policy and x; over all contexts if there are some."""
-    a, b, c = WEIGHTS
-    a, (b, c) = jnp.broadcast_to(a, solution.value.shape), (jnp.broadcast_to(w, solution.q.shape) for w in (b, c))
+    parts = solution.value, solution.q, solution.policy
+    a, b, c = (jnp.broadcast_to(weight, part.shape) for weight, part in zip(WEIGHTS, parts, strict=True))
     lower = jnp.sum(a * solution.value**2) + jnp.sum(b * jnp.sin(solution.q)) + jnp.sum(c * solution.policy**2)
     return lower + 0.1 * jnp.sum(x["reward"] ** 2) * x["temperature"]
 

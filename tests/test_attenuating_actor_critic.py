@@ -85,7 +85,7 @@ def test_upper_critic_by_hand(kind):
         at = tuple(at)
         expected[at] += (1 - (1 - rate) ** weight[at]) * (total[at] / weight[at] - start[at])
     np.testing.assert_allclose(made.memory, expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(made.value, np.mean(np.sum(costs.each * costs.factors, 1)), rtol=1e-10)
+    np.testing.assert_allclose(made.value, np.mean(np.sum(costs.each * costs.factors[None], 1)), rtol=1e-10)
 
 
 @pytest.mark.slow

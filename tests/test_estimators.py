@@ -300,7 +300,7 @@ def test_truncation():
     at = setting()
     np.testing.assert_allclose(truncated_gradient(at, 200), at.gradient, rtol=1e-9, atol=1e-12)
     costs = quick_estimate(KEY, at, OneStep(), 500).costs
-    credit = np.mean(np.abs(costs.factors * costs.returns()).sum(1))
+    credit = np.mean(np.abs(costs.factors[None] * costs.returns()).sum(1))
     lengths = (1, 2, 4, 8, LENGTH)
     biases = [np.linalg.norm(truncated_gradient(at, t) - at.gradient) for t in lengths]
     for t, bias in zip(lengths, biases, strict=True):

@@ -70,7 +70,7 @@ def solve_if(
 
     def solve(matrix, rhs, otherwise):
         del otherwise
-        return _substitute(lu_factor(matrix), rhs, transpose)
+        return _refined(matrix, rhs, transpose).x
 
     return _if_needed(solve, needed, operator, rhs, otherwise)
 
@@ -78,28 +78,26 @@ def solve_if(
 def improve_if(
     needed: jax.Array, operator: StateOperator, rhs: jax.Array, found: Candidate, *, transpose: bool = False
 ) -> Candidate:
-    """As `solve_if`, with one step of iterative refinement, and the residual; `found` where that is nearer."""
+    """As `solve_if`, with the residual; `found` where that is nearer."""
 
     def solve(matrix, rhs, found):
-        factors = lu_factor(matrix)
-
-        def residual(x):
-            return rhs - jnp.matmul(x, matrix if transpose else matrix.T, precision=lax.Precision.HIGHEST)
-
-        def refine(_, pair):
-            x = pair.x + _substitute(factors, pair.gap, transpose)
-            return Candidate(x, residual(x))
-
-        x, gap = lax.fori_loop(0, 2, refine, Candidate(jnp.zeros_like(rhs), rhs))
-        nearer = jnp.max(jnp.abs(gap), -1) < jnp.max(jnp.abs(found.gap), -1)  # False for NaN
-        return Candidate(*(jnp.where(nearer[:, None], new, old) for new, old in ((x, found.x), (gap, found.gap))))
+        made = _refined(matrix, rhs, transpose)
+        nearer = jnp.max(jnp.abs(made.gap), -1) < jnp.max(jnp.abs(found.gap), -1)  # False for NaN
+        return jax.tree.map(lambda new, old: jnp.where(nearer[:, None], new, old), made, found)
 
     return _if_needed(solve, needed, operator, rhs, found)
 
 
-def _substitute(factors, rhs, transpose):
-    """Of right-hand sides [B, S]."""
-    return lu_solve(factors, rhs.T, trans=1 if transpose else 0).T
+def _refined(matrix: jax.Array, rhs: jax.Array, transpose: bool) -> Candidate:
+    """By LU and one step of iterative refinement, of right-hand sides [B, S]."""
+    factors = lu_factor(matrix)
+
+    def refine(_, last):
+        x = last.x + lu_solve(factors, last.gap.T, trans=1 if transpose else 0).T
+        image = jnp.matmul(x, matrix if transpose else matrix.T, precision=lax.Precision.HIGHEST)
+        return Candidate(x, rhs - image)
+
+    return lax.fori_loop(0, 2, refine, Candidate(jnp.zeros_like(rhs), rhs))
 
 
 def _if_needed(solve, needed, operator, rhs, otherwise):

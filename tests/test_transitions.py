@@ -210,7 +210,7 @@ def test_gradients_reach_every_slot():
     v, d = jnp.asarray(rng.normal(size=STATES)), jnp.asarray(rng.normal(size=(STATES, ACTIONS)))
     for form in ("dense", "successor", "predecessor"):
         kernel = kernel_of(form, process.successor, process.probability)
-        want = d[..., None] * v if form == "dense" else d * v[process.successor]
+        want = d[..., None] * v[None, None] if form == "dense" else d[None] * v[process.successor]
         for function in (
             lambda k: jnp.vdot(d, k.expect(v)),
             lambda k: jnp.vdot(v, k.push(d)),

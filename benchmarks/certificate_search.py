@@ -56,12 +56,14 @@ def main() -> None:
 
 def _prepare(optimized: bool) -> None:
     sys.path.insert(0, str(TESTS))
-    if optimized:
-        os.environ["XLA_FLAGS"] = ""
-    import conftest  # float64 and strict promotion
+    import conftest
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", conftest.CHEAPLY)
+    if not optimized:
+        wanted = conftest.FLAGS
+        ours = [f"--{flag}={wanted[flag]}" for flag in sorted(conftest.known(wanted))]
+        os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *ours]).strip()
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 def _read(path: Path) -> list[dict]:

@@ -103,8 +103,9 @@ class Exact(NamedTuple):
         scaled = below / self.temperature
         weight = np.where(usable, a.exp(scaled), 0 * q)
         if self.kind == "shannon":
-            total = weight.sum(-1)
-            return top + self.temperature * a.log(total), weight / total[:, None]
+            # One of the best counts as 1, the others as what they add to it.
+            others = np.where(np.arange(q.shape[1]) == np.argmax(usable & (below == 0), -1)[:, None], 0 * q, weight)
+            return top + self.temperature * a.log1p(others.sum(-1)), weight / weight.sum(-1)[:, None]
         mass = self.reference.sum(-1)
         weight = self.reference * weight
         total = weight.sum(-1)

@@ -1,11 +1,12 @@
 """Tests run in float64 with strict promotion of dtypes and of ranks; float32 is asked for where it is tested.
 
 Nearly all of most tests' time is XLA's compile time: without LLVM's optimizations and the MLIR fusion emitters it is
-half of what it was. Slow tests that run for longer than they compile keep the cheaper optimizations. `--compile as-users`
-leaves XLA its own settings, and so does an XLA_FLAGS that is already set, even to nothing; `--isa AVX2` has it use no more
-than these instructions. Results must hold in all of them: rounding differs, with and without contracted multiply-adds.
-`.ci/nightly` runs the `numerical` files in each. Processes that tests start inherit the flags; test_no_hang.py, for
-which they matter, removes them.
+half of what it was. Slow tests that run for longer than they compile keep the cheaper optimizations.
+
+`--compile as-users` leaves XLA its own settings, and so does an XLA_FLAGS that is already set, even to nothing; `--isa
+AVX2` has it use no more than these instructions. Results must hold in all of them: rounding differs, with and without
+contracted multiply-adds. `.ci/nightly` runs the `numerical` files in each. Processes that tests start inherit the
+flags; test_no_hang.py, for which they matter, removes them.
 """
 
 import gc

@@ -37,7 +37,8 @@ def ring(size=SIZE, actions=1, layout="successor"):
 
 
 def expect_ring(parameters, values):
-    return (1 - parameters["stay"]) * jnp.roll(values, -1)[:, None] + parameters["stay"] * values[:, None]
+    stay = parameters["stay"][None]
+    return (1 - stay) * jnp.roll(values, -1)[:, None] + stay * values[:, None]
 
 
 def seasons(months, stocks):
@@ -53,7 +54,7 @@ def seasons(months, stocks):
 
 def dense_of(transition):
     actions = transition.shape[-1]
-    rows = [transition.under(jnp.eye(actions)[a] * jnp.ones(transition.shape)).matrix() for a in range(actions)]
+    rows = [transition.under(jnp.broadcast_to(jnp.eye(actions)[a], transition.shape)).matrix() for a in range(actions)]
     return np.stack(rows, 1)
 
 

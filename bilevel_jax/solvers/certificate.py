@@ -150,7 +150,8 @@ def certify(
     # V* - V is between gap + lower and gap + upper.
     error = jnp.maximum(high + proven.upper, -(low + proven.lower))
     collected = sup_norm(sizes.collected) + 2 * rounding.underflow(terms, value.dtype)
-    horizon = jnp.where(discounts.most < 1, 1 / (1 - discounts.most), jnp.inf)
+    # Of the problem as it is meant, without an allowance: a bound must not pass for one by the allowance alone.
+    horizon = 1 / (1 - mdp.modulus)
     return Certificate(
         jnp.maximum(high, -low),
         error + proven.rounding,

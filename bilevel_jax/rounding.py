@@ -18,7 +18,10 @@ import jax.numpy as jnp
 AT_WORKING_PRECISION = 64
 # A gap T V - V of at most so many times the rounding of a sweep is noise: no constant is taken out of it.
 NOISE = 4
-# Where the bracket of V* is within so many times what rounding allows, a step that does not narrow it is the last.
+# A bracket of V* of at most so many times what rounding adds to it ends the steps: more would take off no more than two
+# thirds of the bound.
+REACHED = 2
+# Where the bracket is within so many times what rounding allows, a step that does not narrow it is the last.
 STALL = 64
 # Bounds on a gain are trivial where they are as far apart as the rewards that are collected; it is known to working
 # precision where they are nearer than this fraction of that, or than the rounding of these rewards.

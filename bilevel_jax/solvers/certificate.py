@@ -86,16 +86,18 @@ def _times(gap: jax.Array, factor: jax.Array) -> jax.Array:
 def excess_below(
     mdp: MDP, regularizer: Regularizer, discounts: Discounts, value: jax.Array, backup: jax.Array, shift: jax.Array
 ) -> jax.Array:
-    """The largest |T (V + shift) - (V + shift)| of a state in units of the rounding of its equation at V, a scalar.
+    """About the largest |T W - W| of a state, W = T V + shift, in units of the rounding of its equation at V, a scalar.
 
     Near discount 1 a large constant has a small residual: (1 - discount) shift, which the rounding of V + shift would
-    cover, whatever V is. What the shift is measured by is the equation without it.
+    cover, whatever V is. What the shift is measured by is the equation without it. Its own product with 1 - discount
+    has a rounding, too.
     """
     q = action_values(mdp, value)
     sizes = sizes_of(mdp, regularizer, value, q, backup)
     allowed = rounding.of_sweep(mdp.transition.terms, sizes.expected(), sizes.q, sizes.spread)
-    left = [jnp.abs(backup - value - (1 - discount) * shift) for discount in discounts]
-    return jnp.max(jnp.maximum(*left) / allowed)
+    own = rounding.of_row_sums(mdp.transition.terms, value.dtype) * jnp.abs(shift)
+    left = [jnp.abs(discount * (backup - value) - (1 - discount) * shift) for discount in discounts]
+    return jnp.max(jnp.maximum(*left) / (allowed + own))
 
 
 class Certificate(NamedTuple):

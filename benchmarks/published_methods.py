@@ -52,7 +52,7 @@ class ExactZeroOrder(eqx.Module):
         u = self.radius / (state.iteration + 1)
         here, value = self._phi(state.x, state.value)
         moved, _ = self._phi(state.x + u * z, value)
-        x, optimizer_state, _ = UPPER.update((moved - here) / u * z, state.optimizer_state, state.x)
+        x, optimizer_state, _ = UPPER.update((moved - here) / u * z, state.optimizer_state, state.x, here)
         return ZeroOrderState(x, value, optimizer_state, state.iteration + 1), here
 
     def _phi(self, x: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:

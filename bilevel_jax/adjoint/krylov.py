@@ -121,7 +121,7 @@ def _run(fold, transpose, operator, solver, prepared, rhs, guess):
     # Where a factorization can take over, how many products are worth making instead.
     patience = time_in_products(operator) if solver.fall_back and is_affordable(rhs.shape[-1]) else None
     (x, steps, stalled, gap), reached = _restarted(solver, system, prepared, rhs / scale, guess, transpose, patience)
-    return Attempt(x * scale, steps, stalled, gap * scale), reached
+    return Attempt(x * scale, steps, stalled, None if gap is None else gap * scale), reached
 
 
 def _restarted(solver, system, prepared, rhs, guess, transpose, patience):
@@ -129,8 +129,9 @@ def _restarted(solver, system, prepared, rhs, guess, transpose, patience):
     eps = jnp.finfo(dtype).eps
     target = jnp.asarray(solver.relative_tolerance(dtype), dtype) * jnp.linalg.norm(rhs)
     most_segments, most_steps = (jnp.asarray(limit, jnp.int32) for limit in solver.limits())
+    worth = 0.0 if patience is None else patience
     if patience is not None:
-        most_steps = jnp.minimum(most_steps, round(patience))
+        most_steps = jnp.minimum(most_steps, round(worth))
     preconditioner = solver.preconditioner
 
     if preconditioner is None:
@@ -159,7 +160,7 @@ def _restarted(solver, system, prepared, rhs, guess, transpose, patience):
         """Whether what was gained a product so far says that the rest takes longer than a factorization."""
         gained, left = jnp.log(first / p.best[2]), jnp.log(p.best[2] / stop_at(p.x))
         steps = p.steps.astype(dtype)
-        return (steps >= TRIAL * patience) & (left * steps > gained * patience)
+        return (steps >= TRIAL * worth) & (left * steps > gained * worth)
 
     def body(p):
         u, applied = solver.segment(contraction, p.gap, p.norm, stop_at(p.x), (most_steps - p.steps) // (1 + extra))

@@ -172,8 +172,8 @@ class TabularEnvironment(Environment):
         return gather(self.ends.reshape(-1), place if self.ends.ndim > 1 else pair)
 
     def _paid(self, pair: jax.Array, place: jax.Array) -> jax.Array:
-        by_outcome = self.outcome_reward is not None
-        paid = gather(self.outcome_reward.reshape(-1), place) if by_outcome else gather(self.reward.reshape(-1), pair)
+        each = self.outcome_reward
+        paid = gather(self.reward.reshape(-1), pair) if each is None else gather(each.reshape(-1), place)
         return paid if self.mask is None else jnp.where(gather(self.mask.reshape(-1), pair), paid, jnp.nan)
 
 
@@ -188,7 +188,7 @@ def _tables(flat: MDP, chances: jax.Array | None, by_chance: bool) -> tuple[jax.
     successor, probability = (jnp.moveaxis(part, 0, -1) for part in (transition.successor, transition.probability))
     discount = jnp.broadcast_to(flat.discount, flat.reward.shape)
     ends = discount == 0 if chances is None else chances.reshape(flat.reward.shape) == 1
-    if by_chance:
+    if by_chance and chances is not None:
         # Where a pair always ends the process, it is drawn where it leads, as without chance.
         chance = jnp.where(ends, 0, chances.reshape(ends.shape)).astype(probability.dtype)[..., None]
         own = jnp.broadcast_to(jnp.arange(flat.num_states, dtype=successor.dtype)[:, None, None], chance.shape)
@@ -256,7 +256,7 @@ def flatten_contexts(mdp: MDP) -> MDP:
 
 
 @jax.jit
-def _flat(mdp: MDP, successor: jax.Array, probability: jax.Array) -> tuple[jax.Array, ...]:
+def _flat(mdp: MDP, successor: jax.Array, probability: jax.Array) -> tuple[jax.Array | None, ...]:
     """Arrays of the one MDP: successors, probabilities, reward, discount, initial distribution, mask."""
     batch, states, actions = mdp.batch_shape, mdp.num_states, mdp.num_actions
     contexts = int(np.prod(batch))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.scipy.linalg import lu_factor, lu_solve
 
+from bilevel_jax.reductions import matmul
 from bilevel_jax.transitions import StateOperator
 
 # The most states for which a fall-back exists: a matrix of 200 MB in float64, factorized in some seconds.
@@ -94,7 +95,7 @@ def _refined(matrix: jax.Array, rhs: jax.Array, transpose: bool) -> Candidate:
 
     def refine(_, last):
         x = last.x + lu_solve(factors, last.gap.T, trans=1 if transpose else 0).T
-        image = jnp.matmul(x, matrix if transpose else matrix.T, precision=lax.Precision.HIGHEST)
+        image = matmul(x, matrix if transpose else matrix.T)
         return Candidate(x, rhs - image)
 
     return lax.fori_loop(0, 2, refine, Candidate(jnp.zeros_like(rhs), rhs))

@@ -8,6 +8,7 @@ from jax import lax
 
 from bilevel_jax.adjoint.krylov import KrylovSolver
 from bilevel_jax.adjoint.preconditioners import Preconditioner
+from bilevel_jax.reductions import matmul
 from bilevel_jax.validation import plain, require_setting
 
 # Basis vectors are kept in blocks of about this many, so that products with a basis half full read half of it;
@@ -78,7 +79,7 @@ class GMRES(KrylovSolver):
             # The new column of the Hessenberg matrix of I - K, and the rotation that makes it triangular.
             unit = (index == step).astype(dtype)
             column = unit - weights - jnp.where(index == step + 1, length, 0)
-            turned = rotation @ column
+            turned = matmul(rotation, column)
             above, below = turned[step], turned[step + 1]
             diagonal = jnp.hypot(above, below)
             safe = jnp.where(diagonal > 0, diagonal, 1)
@@ -87,7 +88,7 @@ class GMRES(KrylovSolver):
             rotation = rotation.at[step].set(cosine * upper + sine * lower)
             rotation = rotation.at[step + 1].set(cosine * lower - sine * upper)
             # The triangle's inverse grows by a column: no substitution at the end. A zero on the diagonal is left out.
-            solved = jnp.where(index < step, -(inverse @ jnp.where(index < step, turned, 0)), unit) / safe
+            solved = jnp.where(index < step, -matmul(inverse, jnp.where(index < step, turned, 0)), unit) / safe
             inverse = inverse.at[:, step].set(jnp.where(diagonal > 0, solved, 0))
             return step + 1, blocks, vector, rotation, inverse, norm * jnp.abs(rotation[step + 1, 0])
 
@@ -104,7 +105,7 @@ class GMRES(KrylovSolver):
             norm,
         )
         steps, blocks, _, rotation, inverse, _ = lax.while_loop(unfinished, body, start)
-        coordinates = inverse @ jnp.where(index < steps, norm * rotation[:, 0], 0)
+        coordinates = matmul(inverse, jnp.where(index < steps, norm * rotation[:, 0], 0))
         return basis.combine(blocks, coordinates, jnp.maximum(steps - 1, 0)), steps
 
 
@@ -133,7 +134,7 @@ class Basis(eqx.Module):
 
         def with_first(used):
             rest = jnp.zeros(((self.count - used) * self.block,), self.dtype)
-            return lambda: jnp.concatenate([*(block @ vector for block in blocks[:used]), rest])
+            return lambda: jnp.concatenate([*(matmul(block, vector) for block in blocks[:used]), rest])
 
         return lax.switch(last // self.block, [with_first(n + 1) for n in range(self.count)])
 
@@ -143,7 +144,8 @@ class Basis(eqx.Module):
 
         def of_first(used):
             return lambda: (
-                sum(w @ block for w, block in zip(parts[1:used], blocks[1:used], strict=True)) + (parts[0] @ blocks[0])
+                sum(matmul(w, block) for w, block in zip(parts[1:used], blocks[1:used], strict=True))
+                + matmul(parts[0], blocks[0])
             )
 
         return lax.switch(last // self.block, [of_first(n + 1) for n in range(self.count)])

@@ -22,6 +22,7 @@ from bilevel_jax.adjoint.preconditioners import Preconditioner
 from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, default_tolerance, power_of_two, residual_of
 from bilevel_jax.batching import one_at_a_time_on_cpu
 from bilevel_jax.errors import InputError
+from bilevel_jax.rounding import KRYLOV_FLOOR, KRYLOV_NEAR_FLOOR, SOLVE_FLOOR
 from bilevel_jax.transitions import PolicyOperator, StateOperator, TransposedOperator
 from bilevel_jax.validation import require_instance, require_setting
 
@@ -31,10 +32,6 @@ from bilevel_jax.validation import require_instance, require_setting
 # 2-norm of the residual grows, and no Krylov method that watches it gains anything.
 SWEEPS = 8
 FAILURES = 9
-# In units of eps |x|: where the default tolerance is below, this is what ends a solve; and a segment that gains
-# next to nothing this near to rounding is the last.
-FLOOR = 4
-NEAR_FLOOR = 64
 # Where an LU factorization can take over, products go on for its time at most; and from this part of it on, as long as
 # what they gained says that the rest takes no longer than the factorization. Not sooner: what gains nothing at first,
 # as above, may still be done by then (goal grids of 500 states in a quarter to a half of that time).
@@ -149,7 +146,7 @@ def _restarted(solver, system, prepared, rhs, guess, transpose, patience):
 
     def stop_at(x):
         # Without a tolerance of one's own, what rounding leaves is enough.
-        return jnp.maximum(target, FLOOR * eps * jnp.linalg.norm(x)) if solver.takes_rounding() else target
+        return jnp.maximum(target, KRYLOV_FLOOR * eps * jnp.linalg.norm(x)) if solver.takes_rounding() else target
 
     def unfinished(p):
         going = (p.norm > stop_at(p.x)) & (p.segments < most_segments) & (p.steps < most_steps)
@@ -184,7 +181,7 @@ def _restarted(solver, system, prepared, rhs, guess, transpose, patience):
         x, gap, norm, steps, failures = lax.cond(gained, accept, sweep, None)
         better = norm < p.best[2]
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (x, gap, norm), p.best)
-        near = ~(norm < 0.9 * p.norm) & (p.norm <= NEAR_FLOOR * level)
+        near = ~(norm < 0.9 * p.norm) & (p.norm <= KRYLOV_NEAR_FLOOR * level)
         # Sweeps may raise the 2-norm for a while; only a new best ends the row of failures.
         return Progress(x, gap, norm, best, steps, p.segments + 1, jnp.where(better, 0, failures), near)
 
@@ -201,7 +198,7 @@ def _restarted(solver, system, prepared, rhs, guess, transpose, patience):
     finite = jnp.isfinite(out.norm)
     # A tolerance of one's own that rounding keeps out of reach is so for a factorization, too.
     level = eps * jnp.linalg.norm(x)
-    allowed = 2 * FLOOR * level
+    allowed = SOLVE_FLOOR * level
     hidden = jnp.asarray(False) if solver.takes_rounding() else out.near & (target < allowed)
     reached = (norm <= 1.01 * target) | (solver.takes_rounding() & (norm <= allowed)) | hidden | ~finite
     attempt = Attempt(jnp.where(finite, x, jnp.nan), out.steps, (out.failures >= FAILURES) | out.near, gap)

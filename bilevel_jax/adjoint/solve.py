@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from bilevel_jax import rounding
 from bilevel_jax.adjoint.adaptive import AdaptiveKrylov
 from bilevel_jax.adjoint.direct import Direct
 from bilevel_jax.adjoint.protocol import Attempt, LinearSolver, LinearStats, power_of_two, residual_of
@@ -19,10 +20,6 @@ from bilevel_jax.transitions import PolicyOperator, StateOperator, TransposedOpe
 DIRECT_LIMIT = 512
 # A relative residual of 1 is that of x = 0.
 LOOSEST = 0.1
-# In units of eps |x|: a residual that rounding leaves even to a good solution; and one that a solver which
-# gains nothing any more may blame on rounding.
-FLOOR = 8
-NEAR_FLOOR = 1000
 
 
 def default_linear_solver(num_states: int, tolerance: Any = None) -> LinearSolver:
@@ -133,19 +130,19 @@ def _stats(solver, system, modulus, attempt: Attempt, rhs, transpose) -> LinearS
     scale = power_of_two(rhs, x)  # squares of what is finite must not overflow
     length, asked, size = (jnp.linalg.norm(vector / scale) for vector in (gap, rhs, x))
     tolerance = jnp.asarray(solver.relative_tolerance(rhs.dtype), rhs.dtype)
-    allowed = FLOOR * eps * size
+    allowed = rounding.SOLVE_FLOOR * eps * size
     ok = (length <= 1.01 * tolerance * asked) | (solver.takes_rounding() & (length <= allowed))
-    limited = (length <= allowed) | (attempt.stalled & (length <= NEAR_FLOOR * eps * (size + asked)))
+    near = length <= rounding.SOLVE_NEAR_FLOOR * eps * (size + asked)
+    limited = (length <= allowed) | (attempt.stalled & near)
     result = jnp.where(ok, Result.CONVERGED, jnp.where(limited, Result.PRECISION_LIMIT, Result.MAX_STEPS))
     result = jnp.where(jnp.all(jnp.isfinite(x)), result, Result.NOT_FINITE)
 
     def norm(vector):
         return jnp.sum(jnp.abs(vector)) if transpose else jnp.max(jnp.abs(vector))
 
-    # Each entry of the residual is a sum of products, of b and of x, each with an error of eps / 2 of its size.
-    rounding = eps * (_terms(system) * modulus * norm(x) + 2 * (norm(x) + norm(rhs)))
+    noise = rounding.of_linear_residual(_terms(system), modulus, norm(x), norm(rhs))
     residual = norm(gap)
-    return LinearStats(result.astype(jnp.int32), attempt.steps, residual, (residual + rounding) / (1 - modulus))
+    return LinearStats(result.astype(jnp.int32), attempt.steps, residual, (residual + noise) / (1 - modulus))
 
 
 def _terms(operator: StateOperator) -> int:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevel_jax import rounding
 from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
@@ -109,6 +110,14 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: jax.Array, q: jax.Array,
         ~jnp.any((policy > 0) & is_any(mdp.reward)),
         lambda: taken(mdp.discount * mdp.transition.expect(jnp.abs(value))),
     )
+
+
+def rounding_of(mdp: MDP, sizes: Sizes, value: jax.Array, most: jax.Array) -> jax.Array:
+    """The largest rounding of the sweep at V[S] that has these sizes; `most`, the largest expected discount. Scalars."""
+    spread = jnp.max(sizes.spread)
+    noise = rounding.of_sweep(mdp.transition.terms, most * sup_norm(value), jnp.max(sizes.q), spread)
+    # Where there is nothing at all, nothing is rounded.
+    return jnp.where(sizes.empty & (sup_norm(value) == 0) & (spread == 0), 0, noise)
 
 
 def sup_norm(x: jax.Array) -> jax.Array:

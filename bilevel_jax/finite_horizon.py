@@ -11,7 +11,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from bilevel_jax import rounding
-from bilevel_jax.bellman import action_values, check_compatible, read_policy, sizes_of, sup_norm
+from bilevel_jax.bellman import action_values, check_compatible, read_policy, rounding_of, sizes_of, sup_norm
 from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
@@ -241,8 +241,8 @@ def _bounds(mdp, regularizer, value, q, backup, after: Bounds) -> Bounds:
     sizes = sizes_of(mdp, regularizer, value, q, backup)
     discount = jnp.max(mdp.discount)
     most = discount * (1 + rounding.of_row_sums(terms, value.dtype))
-    noise = rounding.of_sweep(terms, most * sup_norm(value), jnp.max(sizes.q), jnp.max(sizes.spread))
-    collected = sup_norm(sizes.collected) + rounding.underflow(terms, value.dtype)
+    noise = rounding_of(mdp, sizes, value, most)
+    collected = sup_norm(sizes.collected) + 2 * rounding.underflow(terms, value.dtype)
     return Bounds(noise + most * after.error, collected + discount * after.implied)
 
 

@@ -32,7 +32,7 @@ MESSAGES = {
     ),
     Result.PRECISION_LIMIT: (
         "rounding stopped the iteration before the tolerance, or allows no bound that says anything; loosen the "
-        "tolerance, use a smaller discount or float64 "
+        "tolerance, choose a smaller discount or use float64 "
         "(jax.config.update('jax_enable_x64', True))"
     ),
 }

@@ -129,7 +129,9 @@ def _as_numpy(name: str, value: Any) -> Any:
             raise InputError(f"{name}: expected an array of numbers, got {kind} ({error})") from None
     dtype = value.dtype
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise InputError(f"{name}: expected real numbers, got {dtype}; take the real part")
+        raise InputError(
+            f"{name}: expected real numbers, got {dtype}; give real and imaginary parts as two, or the real part alone"
+        )
     if _holds_objects(value) and all(type(entry) is int for entry in np.ravel(value)):
         return value
     if dtype.name not in NUMBERS and dtype != np.longdouble:

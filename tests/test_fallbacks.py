@@ -221,7 +221,7 @@ def test_chains_that_mix_make_the_same_products_as_before():
     np.testing.assert_array_equal(found[0][0], found[1][0])
     assert int(found[0][1].steps) == int(found[1][1].steps) < 150
     stats = bj.solve(mdp, bj.ShannonEntropy(0.1)).stats
-    assert int(stats.products) < 100  # a factorization alone counts more
+    assert int(stats.products) < 200  # a factorization alone counts more
 
 
 def test_above_the_limit_nothing_is_factorized(monkeypatch):

@@ -150,7 +150,7 @@ def test_discounted_returns_have_the_mean_v():
     mdp, policy = process("lake"), policy_of("lake")
     simulator = TabularEnvironment(mdp)
     t = rollout(KEY, simulator, bj.Table(policy), batch=OURS, horizon=400)
-    total = jnp.sum(jnp.where(t.valid, t.reward, 0) * 0.99 ** jnp.arange(400, dtype=float), 1)
+    total = jnp.sum(jnp.where(t.valid, t.reward, 0) * (0.99 ** jnp.arange(400, dtype=float))[None], 1)
     value = float(bj.policy_value(mdp, policy) @ mdp.initial)
     assert abs(np.mean(total) - value) < LIMIT * np.std(total) / OURS**0.5
 

@@ -57,7 +57,7 @@ PROGRAMS = {
     "stationary": lambda m: bj.stationary_distribution(m, jnp.full((STATES, ACTIONS), 1 / ACTIONS, jnp.float32)),
     "hyper-gradient": lambda m: bj.hypergradient(
         bj.BilevelProblem(
-            jax.tree_util.Partial(lambda m, x: m.replace(reward=m.reward + x), m),
+            jax.tree_util.Partial(lambda m, x: m.replace(reward=m.reward + x[None]), m),
             bj.ShannonEntropy(0.1),
             lambda x, solution: solution.value.sum(),
         ),

@@ -119,7 +119,7 @@ def test_one_zero_element_of_a_batch():
     p = chain((0, 1), (1, 0))
     reward = np.stack([np.zeros((2, 2)), np.array([[0.0, 1], [2, 3]])])
     for solver in SOLVERS.values():
-        solution = bj.check(bj.solve(bj.MDP(p, reward, 0.9), NONE, solver=solver))
+        solution = bj.check(bj.solve(bj.MDP(p, reward, np.full(2, 0.9)), NONE, solver=solver))
         assert (np.asarray(solution.value[0]) == 0).all()
         np.testing.assert_allclose(solution.value[1], exact(bj.MDP(p, reward[1], 0.9)).astype(float), rtol=1e-10)
 

@@ -411,7 +411,7 @@ def test_incentive_has_a_panel_for_each_context(goals):
     states = len(problem.grid.cells)
     x = np.random.default_rng(0).normal(size=states + 1)
     policy = np.random.default_rng(1).dirichlet(np.ones(4), (len(goals), states))
-    figure = picture(problem, x, SimpleNamespace(policy=policy))
+    figure = picture(problem, x, SimpleNamespace(policy=policy, result=np.zeros(len(policy), np.int32)))
     panels = [axes for axes in figure.axes if axes.images]
     assert len(panels) == len(goals)
     heat = np.asarray(problem.incentive(x))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import rounding
-from bilevel_jax.bellman import action_values, sizes_of, sup_norm
+from bilevel_jax.bellman import action_values, rounding_of, sizes_of, sup_norm
 from bilevel_jax.mdp import MDP
 from bilevel_jax.reductions import min_max
 from bilevel_jax.regularizers import Regularizer
@@ -134,10 +134,7 @@ def certify(
     terms = mdp.transition.terms
     gap = backup - value
     sizes = sizes_of(mdp, regularizer, value, q, backup)
-    noise = rounding.of_sweep(terms, discounts.most * sup_norm(value), jnp.max(sizes.q), jnp.max(sizes.spread))
-    # Where there is nothing at all, nothing is rounded.
-    empty = sizes.empty & (sup_norm(value) == 0) & (jnp.max(sizes.spread) == 0)
-    noise = jnp.where(empty, 0, noise)
+    noise = rounding_of(mdp, sizes, value, discounts.most)
 
     def excess(expected):
         return jnp.max(jnp.abs(gap) / rounding.of_sweep(terms, expected, sizes.q, sizes.spread))

@@ -215,7 +215,11 @@ def iterate(
             accepted = proven.error_bound <= asked
         # V may be finite where Q is not: an action that the regularizer never takes.
         known = jnp.isfinite(q) if mdp.available is None else jnp.isfinite(q) | ~mdp.available
-        finite = jnp.all(known) & jnp.all(jnp.isfinite(backup)) & jnp.isfinite(proven.error_bound)
+        finite = jnp.all(known) & jnp.all(jnp.isfinite(backup)) & ~jnp.isnan(proven.error_bound)
+        # A bound may be infinite although the problem is not: where rounding of a row's sum reaches 1 - discount.
+        boundless = ~jnp.isfinite(proven.error_bound)
+        finite &= ~boundless | (mdp.modulus < 1)
+        limited |= boundless
         return Found(Answer(value, q, backup, proven), accepted, limited, finite, proven.excess, asked, extra)
 
     if value is None:  # the first Q is the reward, no product needed
@@ -225,13 +229,15 @@ def iterate(
         q = action_values(mdp, value)
     zero, one = jnp.asarray(0, jnp.int32), jnp.asarray(1, jnp.int32)
     unknown = jnp.asarray(jnp.inf, dtype)
+    # No step mends a reward that is not finite, of an action that is never taken, too.
+    usable = jnp.all(jnp.isfinite(mdp.reward) if mdp.available is None else jnp.isfinite(mdp.reward) | ~mdp.available)
     backup = regularizer.conjugate(q)
     walk = Walk(value, backup, solver.keep(mdp, regularizer, q), unknown, solver.start(mdp, value), one, zero)
     walk, found = in_rounds(
         walk,
         Answer(value, q, backup, Certificate(*(unknown for _ in Certificate._fields))),
         jnp.asarray(0 if to_working_precision else solver.tolerance, dtype),
-        jnp.asarray(solver.max_steps, jnp.int32),
+        jnp.where(usable, jnp.asarray(solver.max_steps, jnp.int32), one),
         going=going,
         step=step,
         find=find,

@@ -113,7 +113,7 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: jax.Array, q: jax.Array,
 
 
 def rounding_of(mdp: MDP, sizes: Sizes, value: jax.Array, most: jax.Array) -> jax.Array:
-    """The largest rounding of the sweep at V[S] that has these sizes; `most`, the largest expected discount. Scalars."""
+    """The largest rounding of the sweep at V[S] that has these sizes; `most` is the largest expected discount."""
     spread = jnp.max(sizes.spread)
     noise = rounding.of_sweep(mdp.transition.terms, most * sup_norm(value), jnp.max(sizes.q), spread)
     # Where there is nothing at all, nothing is rounded.

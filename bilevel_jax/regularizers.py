@@ -268,15 +268,8 @@ class Unregularized(Regularizer):
 
 
 # The derivative of jnp.max is shared among ties; the operator of the derivative of V takes one action.
-@jax.custom_jvp
 def _maximum(q: jax.Array) -> jax.Array:
-    return max_last(q)
-
-
-@_maximum.defjvp
-def _maximum_jvp(primals, tangents):
-    (q,), (q_dot,) = primals, tangents
-    return _maximum(q), sum_last(jnp.where(_first_maximum(q), q_dot, 0))
+    return stop_gradient(max_last(q)) + sum_last(_derivative_of(q, _first_maximum(q)))
 
 
 def _first_maximum(q: jax.Array) -> jax.Array:
@@ -288,36 +281,43 @@ def _is_first(best: jax.Array, q: jax.Array) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, q.shape, q.ndim - 1) == best[..., None]
 
 
-@jax.custom_jvp
 def _below_best(q: jax.Array, best: jax.Array, temperature: jax.Array, allowed: Any = True) -> jax.Array:
     """(Q - Q of the action best[S]) / temperature, [S, A]: exactly 0 there, above 0 nowhere that is `allowed`.
 
     The best one counts as constant in derivatives, which what is made of it does not depend on. 0 at actions that
     are not available: an infinity that is divided by the temperature has derivative NaN.
     """
+    available = _is_available(q)
     top = max_last(q if allowed is True else jnp.where(allowed, q, -jnp.inf))
     below = jnp.where(_is_first(best, q), 0, q - top[..., None])
-    below = jnp.where(allowed, jnp.minimum(below, 0), below)
-    return jnp.where(_is_available(q), below, 0) / temperature
+    below = jnp.where(available, jnp.where(allowed, jnp.minimum(below, 0), below), 0)
+    return (stop_gradient(below) + _derivative_of(q, available)) / temperature
 
 
-@_below_best.defjvp
-def _below_best_jvp(primals, tangents):
-    q, _, temperature, *_ = primals
-    q_dot, _, temperature_dot, *_ = tangents
-    scaled = _below_best(*primals)
-    return scaled, (jnp.where(_is_available(q), q_dot, 0) - scaled * temperature_dot) / temperature
+def _derivative_of(x: jax.Array, where: jax.Array) -> jax.Array:
+    """0 with the derivative of x, where it is asked for. NaN where x is not finite.
 
-
-@jax.custom_jvp
-def _sparsemax(scaled: jax.Array) -> jax.Array:
-    """The point of the simplex nearest to scaled[S, A], -inf where an action is not available; its maximum is 0.
-
-    Everything is read off one sorted array, which lies in memory.
+    Not a custom rule: those lose second derivatives in a scan with checkpoints. The difference of a selection and
+    itself cannot be contracted into a multiply-add, which would leave its rounding.
     """
+    selected = jnp.where(where, x, 0)
+    return selected - stop_gradient(selected)
+
+
+def _sparsemax(scaled: jax.Array) -> jax.Array:
+    """The point of the simplex nearest to scaled[S, A], -inf where an action is not available; its maximum is 0."""
+    policy = stop_gradient(_nearest(scaled))
+    support = policy > 0
+    moved = _derivative_of(scaled, support)
+    share = sum_last(moved) / sum_last(support.astype(moved.dtype))
+    return policy + jnp.where(support, moved - share[..., None], 0)
+
+
+def _nearest(scaled: jax.Array) -> jax.Array:
+    """The values of `_sparsemax`. Everything is read off one sorted array, which lies in memory."""
     actions = scaled.shape[-1]
     index = lax.broadcasted_iota(jnp.int32, scaled.shape, scaled.ndim - 1)
-    ascending, order = lax.sort((-scaled, index), num_keys=1)
+    ascending, order = lax.sort((-stop_gradient(scaled), index), num_keys=1)
     descending = -ascending
     # z_1 >= z_2 >= ...: the support is the largest k with 1 + k z_k > z_1 + ... + z_k.
     rank = index + 1
@@ -330,15 +330,6 @@ def _sparsemax(scaled: jax.Array) -> jax.Array:
     ranked = jnp.where(jnp.any(jnp.isnan(scaled), -1, keepdims=True), jnp.nan, ranked)
     place = jnp.argsort(order, -1)
     return jnp.take_along_axis(ranked, place, -1) if actions > 1 else ranked
-
-
-@_sparsemax.defjvp
-def _sparsemax_jvp(primals, tangents):
-    policy = _sparsemax(*primals)
-    support = policy > 0
-    moved = jnp.where(support, tangents[0], 0)
-    share = sum_last(moved) / sum_last(support.astype(moved.dtype))
-    return policy, jnp.where(support, moved - share[..., None], 0)
 
 
 def _is_available(q: jax.Array) -> jax.Array:

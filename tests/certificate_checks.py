@@ -30,7 +30,7 @@ from certificate_runs import Known, differentiate, solve
 
 import bilevel_jax as bj
 
-UNITS = 300
+UNITS = 600  # 65 roundings of a sweep (rounding.AT_WORKING_PRECISION and its own), each of up to 9 units
 # Roundings of q = r + discount P value: some for the sum, the product and the terms.
 Q_UNITS = 16
 # Underflow: smallest normal numbers, for each state that an error passes.

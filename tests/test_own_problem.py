@@ -15,8 +15,9 @@ from bilevel_jax.runner.config import load
 
 PAGE = Path(__file__).parents[1] / "docs" / "problems.md"
 TEXT = PAGE.read_text()
-CODE = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-YAML = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+OWN = TEXT[TEXT.index("## Your own problem") :]
+CODE = re.findall(r"```python\n(.*?)```", OWN, re.DOTALL)
+YAML = re.findall(r"```yaml\n(.*?)```", OWN, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
     """The page's file and config beside each other."""
     place = tmp_path_factory.mktemp("own")
     (place / "toll.py").write_text(CODE[0])
-    (place / "toll.yaml").write_text(YAML[1])
+    (place / "toll.yaml").write_text(YAML[0])
     yield place
     bj.problems.registry._SPECS.pop("toll", None)  # other tests are about the library's problems
 

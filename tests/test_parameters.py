@@ -102,10 +102,10 @@ def test_contexts_with_weights():
     )
 
     def lower(x):
-        return bj.MDP(jax.nn.softmax(x["logits"]), x["reward"] + shifts, jnp.array(discounts) * x["discount"])
+        return bj.MDP(jax.nn.softmax(x["logits"]), x["reward"][None] + shifts, jnp.array(discounts) * x["discount"])
 
     def objective(x, solution):
-        return jnp.array(weights) @ jnp.sum(WEIGHTS * solution.policy + x["reward"] * solution.q, (-2, -1))
+        return jnp.array(weights) @ jnp.sum(WEIGHTS[None] * solution.policy + x["reward"][None] * solution.q, (-2, -1))
 
     x = start()
     made = bj.check(bj.hypergradient(bj.BilevelProblem(lower, regularizer, objective), x, with_error=False))

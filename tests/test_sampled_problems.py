@@ -232,7 +232,7 @@ def test_rlhf_segments_are_drawn_as_often_as_enumerated():
     problem, _, solution, found = tiny()
     count = 50_000
     drawn = jax.tree.map(lambda leaf: leaf[:, 0], sample_groups(KEY, problem, table(problem, solution), count))
-    code = jnp.sum((drawn.observation * 2 + drawn.action) * 6 ** jnp.arange(3, dtype=jnp.int32), 1)
+    code = (drawn.observation * 2 + drawn.action) @ 6 ** jnp.arange(3, dtype=jnp.int32)
     frequency = np.bincount(np.asarray(code), minlength=6**3) / count
     probability = np.zeros(6**3)
     for sequence, (p, *_) in found.items():

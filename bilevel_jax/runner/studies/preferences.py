@@ -161,7 +161,8 @@ def _optimal(problem: Any, reward: jax.Array) -> jax.Array:
 
 def _best(problem: Any) -> jax.Array:
     """The policy that earns the most of the hidden reward."""
-    return bj.check(bj.solve(_process(problem, problem.hidden_reward), bj.Unregularized())).policy
+    solution = bj.solve(_process(problem, problem.hidden_reward), bj.Unregularized())
+    return where_converged(solution.result, solution.policy)
 
 
 def _process(problem: Any, reward: jax.Array) -> bj.MDP:

@@ -101,7 +101,7 @@ def _differences(problem, x, policy, response, reference, keys, batch):
 
         cut, uncut, whole = gradient(response), gradient(reference), gradient(Exact())
         credit = LeaveOneOut().credit(None, problem, policy, groups, whole.costs)
-        charged = jnp.mean(jnp.sum(jnp.abs(credit) * discounts(problem, problem.horizon), (1, 2)))
+        charged = jnp.mean(jnp.sum(jnp.abs(credit) @ discounts(problem, problem.horizon), 1))
         difference = jax.tree.map(jnp.subtract, cut.gradient, uncut.gradient)
         return ravel_pytree(difference)[0], ravel_pytree(whole.gradient)[0], charged
 

@@ -344,10 +344,10 @@ def _iterate(solver, mdp, regularizer, bias):
         bias, q, gap, _ = walk.iterate
         half, seen = look(walk, found)
         sizes = sizes_of(mdp, regularizer, bias, q, bias + gap)
-        own = sizes.q + jnp.abs(bias) + jnp.abs(gap)  # of g + h = T h, h and g are numbers, too
-        noise = rounding.of_sweep(terms, sup_norm(bias), jnp.max(own), jnp.max(sizes.spread))
+        own = sizes._replace(q=sizes.q + jnp.abs(bias) + jnp.abs(gap))  # of g + h = T h, h and g are numbers, too
+        noise = rounding.of_sweep(terms, sup_norm(bias), jnp.max(own.q), jnp.max(own.spread)) + own.lost
         gain = (jnp.max(gap) + jnp.min(gap)) / 2
-        excess = jnp.max(jnp.abs(gap - gain) / rounding.of_sweep(terms, sizes.expected(), own, sizes.spread))
+        excess = jnp.max(jnp.abs(gap - gain) / own.rounding(terms, own.expected()))
         lower, upper = jnp.min(gap) - noise, jnp.max(gap) + noise
         bound = half + noise
         # Any gain is between the least and the most that is collected in a step. A bias that drifts, as it does where

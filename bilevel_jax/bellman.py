@@ -11,7 +11,7 @@ from bilevel_jax import rounding
 from bilevel_jax.derivatives import without_derivative
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import is_any, sum_last
+from bilevel_jax.reductions import is_any, largest, sum_last
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.transitions import PolicyOperator, StateOperator
 from bilevel_jax.validation import is_known
@@ -84,15 +84,20 @@ class Sizes(NamedTuple):
 
     `q` sum_a pi |Q| + |T V|; `spread` |T V - max Q|; `collected` sum_a pi r - Omega(pi), what the policy collects in a
     step; `expectation` sum_a pi |discount E V|, at most what `expected()` is. `empty`, a bool: no reward that the
-    policy collects has a bit that is not 0.
+    policy collects has a bit that is not 0. `lost`, a scalar: what falls below the smallest number in a backup.
     """
 
     q: jax.Array
     spread: jax.Array
+    lost: jax.Array
     collected: jax.Array
     expectation: jax.Array
     empty: jax.Array
     expected: Callable[[], jax.Array]
+
+    def rounding(self, terms: int, expected: jax.Array) -> jax.Array:
+        """The rounding of each state's sweep, [S]; `expected`[S] are the numbers of its expectation."""
+        return rounding.of_sweep(terms, expected, self.q, self.spread) + self.lost
 
 
 def sizes_of(mdp: MDP, regularizer: Regularizer, value: jax.Array, q: jax.Array, backup: jax.Array) -> Sizes:
@@ -105,7 +110,8 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: jax.Array, q: jax.Array,
     return Sizes(
         taken(jnp.abs(q)) + jnp.abs(backup),
         jnp.abs(backup - regularizer.highest(q)),
-        taken(mdp.reward) - regularizer.penalty(policy),
+        rounding.of_scaling(regularizer.temperature, q.dtype),
+        taken(mdp.reward) - regularizer.penalty_at(q),
         taken(jnp.abs(q - mdp.reward)),
         ~jnp.any((policy > 0) & is_any(mdp.reward)),
         lambda: taken(mdp.discount * mdp.transition.expect(jnp.abs(value))),
@@ -114,10 +120,10 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: jax.Array, q: jax.Array,
 
 def rounding_of(mdp: MDP, sizes: Sizes, value: jax.Array, most: jax.Array) -> jax.Array:
     """The largest rounding of the sweep at V[S] that has these sizes; `most` is the largest expected discount."""
-    spread = jnp.max(sizes.spread)
-    noise = rounding.of_sweep(mdp.transition.terms, most * sup_norm(value), jnp.max(sizes.q), spread)
+    size, q, spread = largest(jnp.abs(value), sizes.q, sizes.spread)
+    noise = rounding.of_sweep(mdp.transition.terms, most * size, q, spread) + sizes.lost
     # Where there is nothing at all, nothing is rounded.
-    return jnp.where(sizes.empty & (sup_norm(value) == 0) & (spread == 0), 0, noise)
+    return jnp.where(sizes.empty & (size == 0) & (spread == 0), 0, noise)
 
 
 def sup_norm(x: jax.Array) -> jax.Array:

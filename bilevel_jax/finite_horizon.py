@@ -223,7 +223,9 @@ def _solve_one(mdp, regularizer, terminal, *, horizon, time_axes):
     value = jnp.concatenate([values, terminal[None]])
     actions = jnp.where(True if mdp.available is None else mdp.available, q, 0)
     finite = jnp.all(jnp.isfinite(value)) & jnp.all(jnp.isfinite(actions))
-    told = jnp.where(jnp.all(bounds.error <= bounds.implied), Result.CONVERGED, Result.PRECISION_LIMIT)
+    told = jnp.where(
+        jnp.all(bounds.error <= rounding.SAYS_SOMETHING * bounds.implied), Result.CONVERGED, Result.PRECISION_LIMIT
+    )
     result = jnp.where(finite, told, Result.NOT_FINITE).astype(jnp.int32)
     return FiniteHorizonSolution(value, q, policy, result, jnp.max(bounds.error))
 
@@ -242,7 +244,7 @@ def _bounds(mdp, regularizer, value, q, backup, after: Bounds) -> Bounds:
     discount = jnp.max(mdp.discount)
     most = discount * (1 + rounding.of_row_sums(terms, value.dtype))
     noise = rounding_of(mdp, sizes, value, most)
-    collected = sup_norm(sizes.collected) + 2 * rounding.underflow(terms, value.dtype)
+    collected = sup_norm(sizes.collected) + 4 * rounding.underflow(terms, value.dtype)
     return Bounds(noise + most * after.error, collected + discount * after.implied)
 
 

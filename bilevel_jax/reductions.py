@@ -93,6 +93,20 @@ def min_max(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return lax.reduce((x, x), (infinity, -infinity), combine, tuple(range(x.ndim)))
 
 
+def largest(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The largest entry of each of several arrays of one shape, NaN where there is one, in one pass.
+
+    What these arrays are made of is computed once, too. XLA's CPU takes each maximum by itself apart into slices of
+    what it is made of: the sizes of a certificate took 3 ms at 20,000 states where this takes 1.
+    """
+    least = jnp.asarray(-jnp.inf, arrays[0].dtype)
+
+    def combine(a, b):
+        return tuple(lax.max(one, other) for one, other in zip(a, b, strict=True))
+
+    return tuple(lax.reduce(arrays, (least,) * len(arrays), combine, tuple(range(arrays[0].ndim))))
+
+
 def is_any(x: jax.Array) -> jax.Array:
     """Where an entry is not 0, by its bits: devices take numbers below the smallest normal one for 0."""
     bits = lax.bitcast_convert_type(x, jnp.uint64 if x.dtype == jnp.float64 else jnp.uint32)

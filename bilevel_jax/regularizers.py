@@ -57,6 +57,10 @@ class Regularizer(eqx.Module):
     def penalty(self, policy: jax.Array) -> jax.Array:
         """Omega(pi): [S, A] -> [S]. Zero-probability actions cost nothing."""
 
+    def penalty_at(self, q: jax.Array) -> jax.Array:
+        """Omega(pi) of the policy at Q: [S, A] -> [S], its rounding being that of the parts of a backup."""
+        return self.penalty(self.policy(q))
+
     def event_ndim(self) -> "Regularizer":
         """The same tree with each array replaced by its number of axes in a single problem."""
         return eqx.tree_at(lambda r: r.temperature, self, 0)
@@ -93,18 +97,28 @@ class ShannonEntropy(Regularizer):
         super().__init__(temperature)
 
     def conjugate(self, q):
-        temperature = _usable(self.temperature, q.dtype)
-        best = argmax_last(q)
-        scaled = _below_best(q, best, temperature)
-        # log(1 + the others): sums of one sign keep their digits. The best one's term is 0, with its derivative.
-        others = jnp.where(_is_first(best, q), jnp.expm1(scaled), jnp.exp(scaled))
-        excess = sum_last(jnp.where(_is_available(q), others, 0))
-        return stop_gradient(max_last(q)) + temperature * jnp.log1p(excess)
+        _, _, excess = self._weights(q)
+        return stop_gradient(max_last(q)) + _usable(self.temperature, q.dtype) * jnp.log1p(excess)
 
     def policy(self, q):
-        scaled = _below_best(q, argmax_last(q), _usable(self.temperature, q.dtype))
+        _, weight, excess = self._weights(q)
+        return weight / (1 + excess)[..., None]
+
+    def penalty_at(self, q):
+        """<pi, Q - max Q> - (Omega* - max Q), which needs no other logarithm than Omega* does."""
+        scaled, weight, excess = self._weights(q)
+        temperature = jnp.asarray(self.temperature, q.dtype)
+        return temperature * (sum_last(weight * scaled) / (1 + excess) - jnp.log1p(excess))
+
+    def _weights(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(Q - max Q) / temperature, its exponential, [S, A], and their sum without the best one's 1, [S].
+
+        Sums of one sign keep their digits. The best one's term in the sum is 0, with its derivative.
+        """
+        best = argmax_last(q)
+        scaled = _below_best(q, best, _usable(self.temperature, q.dtype))
         weight = jnp.where(_is_available(q), jnp.exp(scaled), 0)
-        return weight / sum_last(weight)[..., None]
+        return scaled, weight, sum_last(weight - _is_first(best, q).astype(q.dtype))
 
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
@@ -162,6 +176,10 @@ class KLDivergence(Regularizer):
         return jnp.where(allowed, scaled, jnp.minimum(scaled, most)), temperature, reference
 
     def conjugate(self, q):
+        return stop_gradient(self.highest(q)) + self._excess(q)
+
+    def _excess(self, q: jax.Array) -> jax.Array:
+        """temperature * log sum ref exp((Q - max Q) / temperature), [S], at most 0."""
         scaled, temperature, reference = self._scaled(q)
         available = _is_available(q)
         # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is
@@ -171,7 +189,7 @@ class KLDivergence(Regularizer):
         total = sum_last(reference * jnp.where(available, jnp.exp(scaled), 0))
         near = shortfall > NEAR
         log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
-        return stop_gradient(self.highest(q)) + temperature * log_total
+        return temperature * log_total
 
     def policy(self, q):
         scaled, _, reference = self._scaled(q)
@@ -182,6 +200,11 @@ class KLDivergence(Regularizer):
         temperature = jnp.asarray(self.temperature, policy.dtype)
         reference = self._reference(policy)
         return temperature * sum_last(_xlogy(policy, policy) - _xlogy(policy, reference))
+
+    def penalty_at(self, q):
+        """<pi, Q - max Q> - (Omega* - max Q): no summand has the temperature's size where pi is near the reference."""
+        scaled, temperature, _ = self._scaled(q)
+        return temperature * sum_last(self.policy(q) * scaled) - self._excess(q)
 
     def event_ndim(self):
         own = min(self.reference.ndim, 2)
@@ -214,14 +237,21 @@ class TsallisEntropy(Regularizer):
         super().__init__(temperature)
 
     def conjugate(self, q):
+        """max Q + temperature / 2 * ((1 - p_1)^2 + the squares of the others), p_1 the best one's probability.
+
+        The same as max Q + <p, Q - max Q> + temperature / 2 * (1 - sum_a p^2), which derivatives are taken of: its two
+        parts have opposite signs, and cancel where the temperature is high.
+        """
         temperature = _usable(self.temperature, q.dtype)
         policy = self.policy(q)
         first = _is_first(argmax_last(q), q)
         below = jnp.where((policy > 0) & ~first, q - stop_gradient(max_last(q))[..., None], 0)
         # The best one's own term is 0, with the derivative that its probability gives it.
         below += jnp.where(first, q - stop_gradient(q), 0)
-        gain = sum_last(policy * below)
-        return stop_gradient(max_last(q)) + gain + temperature / 2 * (1 - sum_last(policy**2))
+        parts = sum_last(policy * below) + temperature / 2 * (1 - sum_last(policy**2))
+        others = jnp.where(first, 0, policy)
+        excess = temperature / 2 * (sum_last(others) ** 2 + sum_last(others**2))
+        return stop_gradient(max_last(q) + excess) + (parts - stop_gradient(parts))
 
     def policy(self, q):
         scaled = _below_best(q, argmax_last(q), _usable(self.temperature, q.dtype))

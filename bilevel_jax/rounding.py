@@ -14,8 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# A value is at working precision where each state's equation V = T V holds to so many times its own rounding.
+# A value is at working precision where each state's equation V = T V holds to so many times its own rounding; to fewer
+# where they say nothing of V, see `working_precision`.
 AT_WORKING_PRECISION = 64
+LEAST_WORKING_PRECISION = 2
 # A gap T V - V of at most so many times the rounding of a sweep is noise: no constant is taken out of it.
 NOISE = 4
 # A bracket of V* of at most so many times what rounding adds to it ends the steps: more would take off no more than two
@@ -23,6 +25,8 @@ NOISE = 4
 REACHED = 2
 # Where the bracket is within so many times what rounding allows, a step that does not narrow it is the last.
 STALL = 64
+# A bound says something where it is at most so large a part of what is implied without an iteration.
+SAYS_SOMETHING = 1 / 2
 # Bounds on a gain are trivial where they are as far apart as the rewards that are collected; it is known to working
 # precision where they are nearer than this fraction of that, or than the rounding of these rewards.
 KNOWN = 0.01
@@ -54,6 +58,21 @@ def unit_roundoff(dtype: Any) -> float:
 def underflow(terms: int, dtype: Any) -> float:
     """What a sweep loses in all where products fall below the smallest normal number: that number per operation."""
     return (terms + 4) * float(jnp.finfo(dtype).tiny)
+
+
+def working_precision(modulus: jax.Array, dtype: Any) -> jax.Array:
+    """How many times its own rounding a state's equation may be off by: at most 64.
+
+    An equation that is off by n u says n u / (1 - discount) of the value. Near discount 1, in float32, 64 u is what any
+    multiple of the value leaves: n is such that a hundredth of the value is known, and 2 where rounding itself is more.
+    """
+    known = KNOWN * (1 - modulus) / unit_roundoff(dtype)
+    return jnp.clip(known, LEAST_WORKING_PRECISION, AT_WORKING_PRECISION).astype(dtype)
+
+
+def of_scaling(temperature: jax.Array, dtype: Any) -> jax.Array:
+    """What Omega* loses where Q - max Q over the temperature is below the smallest normal number, and thus 0."""
+    return jnp.asarray(temperature, dtype) * (2 * float(jnp.finfo(dtype).tiny))
 
 
 def of_sweep(terms: int, expected: jax.Array, q: jax.Array, spread: jax.Array) -> jax.Array:
@@ -111,4 +130,4 @@ def of_gradient(value: jax.Array, temperature: jax.Array | None, modulus: jax.Ar
     logits = jnp.zeros((), value.dtype)
     if temperature is not None:
         logits = jnp.max(jnp.abs(value)) / jnp.min(temperature).astype(value.dtype)
-    return 2 * unit_roundoff(value.dtype) * (logits + 1 / (1 - jnp.max(modulus)))
+    return 4 * unit_roundoff(value.dtype) * (logits + 1 / (1 - jnp.max(modulus)))

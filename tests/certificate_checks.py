@@ -233,7 +233,8 @@ class _Judge:
         if known.tolerance is not None and bound > known.tolerance:
             self.fault("tolerance", f"bound {bound:.3g} > tolerance {known.tolerance:.3g}")
         if known.tolerance is None:
-            self.parts(off, floor)
+            # (Q - max Q) / temperature has no digits below the smallest normal number.
+            self.parts(off, floor * (1 + float(numbers.temperature)))
         self.loss(float(stats.suboptimality))
         self.read_off(usable)
 

@@ -202,9 +202,9 @@ def _refine(exact: Exact, x: np.ndarray, look: Callable, transposed: bool = Fals
     """x[S] and its uncertainty, by x <- x + (I - d P_pi)^-1 residual until steps are below what rounding makes of them.
 
     `look` gives the residual, in the arithmetic, pi, and the size of what the residual is rounded at. The steps are in
-    long double. None after `MOST_STEPS`.
+    long double. Two in a row: the last one may move to where another policy is the best. None after `MOST_STEPS`.
     """
-    arithmetic, rough = exact.arithmetic, exact.narrowed()
+    arithmetic, rough, settled = exact.arithmetic, exact.narrowed(), False
     for _ in range(MOST_STEPS):
         residual, policy, size = look(x)
         operator = rough.operator(arithmetic.narrow(policy))
@@ -212,8 +212,10 @@ def _refine(exact: Exact, x: np.ndarray, look: Callable, transposed: bool = Fals
         level = ROUNDINGS * arithmetic.eps * arithmetic.narrow(size)
         step, natural = solve_linear(system, np.stack([arithmetic.narrow(residual), level], 1)).T
         x = x + arithmetic.widen(step)
-        if (np.abs(step) <= 2 * natural).all():
+        small = (np.abs(step) <= 2 * natural).all()
+        if small and settled:
             return x, arithmetic.widen(4 * natural)
+        settled = small
     return None
 
 

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import rounding
-from bilevel_jax.bellman import action_values, rounding_of, sizes_of, sup_norm
+from bilevel_jax.bellman import action_values, rounding_of, sizes_of
 from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import min_max
+from bilevel_jax.reductions import largest, min_max
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.rounds import only_if
 
@@ -62,8 +62,9 @@ def expected_discounts(mdp: MDP) -> Discounts:
 
 
 def contraction_only(mdp: MDP) -> Discounts:
-    """Bounds by the contraction modulus alone; no product is made for them."""
-    return _allowing_for_row_sums(mdp, jnp.zeros_like(mdp.modulus), mdp.modulus)
+    """For bounds by the contraction modulus alone, whatever signs a gap has."""
+    most = expected_discounts(mdp).most
+    return Discounts(jnp.zeros_like(most), most)
 
 
 def _allowing_for_row_sums(mdp: MDP, least: jax.Array, most: jax.Array) -> Discounts:
@@ -84,20 +85,34 @@ def _times(gap: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def excess_below(
-    mdp: MDP, regularizer: Regularizer, discounts: Discounts, value: jax.Array, backup: jax.Array, shift: jax.Array
+    mdp: MDP,
+    regularizer: Regularizer,
+    discounts: Discounts,
+    value: jax.Array,
+    backup: jax.Array,
+    shift: jax.Array,
+    allowed: jax.Array,
 ) -> jax.Array:
     """About the largest |T W - W| of a state, W = T V + shift, in units of the rounding of its equation at V, a scalar.
 
     Near discount 1 a large constant has a small residual: (1 - discount) shift, which the rounding of V + shift would
     cover, whatever V is. What the shift is measured by is the equation without it. Its own product with 1 - discount
-    has a rounding, too.
+    has a rounding, too. `allowed`[S] is the rounding at W: less what the shift may add to it, that is enough in most
+    cases, and nothing is computed at V.
     """
-    q = action_values(mdp, value)
-    sizes = sizes_of(mdp, regularizer, value, q, backup)
-    allowed = rounding.of_sweep(mdp.transition.terms, sizes.expected(), sizes.q, sizes.spread)
-    own = rounding.of_row_sums(mdp.transition.terms, value.dtype) * jnp.abs(shift)
-    left = [jnp.abs(discount * (backup - value) - (1 - discount) * shift) for discount in discounts]
-    return jnp.max(jnp.maximum(*left) / (allowed + own))
+    terms = mdp.transition.terms
+    size = jnp.abs(shift)
+    own = rounding.of_row_sums(terms, value.dtype) * size
+    left = jnp.maximum(*(jnp.abs(discount * (backup - value) - (1 - discount) * shift) for discount in discounts))
+
+    def exact():
+        q = action_values(mdp, value)
+        sizes = sizes_of(mdp, regularizer, value, q, backup)
+        return jnp.max(left / (sizes.rounding(terms, sizes.expected()) + own))
+
+    added = rounding.of_sweep(terms, discounts.most * size, 2 * size, jnp.zeros_like(size))
+    rough = jnp.max(left / (jnp.maximum(allowed - added, 0) + own))
+    return only_if(~(rough <= rounding.working_precision(mdp.modulus, value.dtype)), exact, rough)
 
 
 class Certificate(NamedTuple):
@@ -125,8 +140,8 @@ def certify(
     q: jax.Array,
     backup: jax.Array,
     by_state: jax.Array,
-) -> Certificate:
-    """The certificate of V[S], given Q[S, A] and T V [S] at it.
+) -> tuple[Certificate, jax.Array]:
+    """The certificate of V[S], given Q[S, A] and T V [S] at it; and the least rounding of each state's equation, [S].
 
     T_pi V = T V for the policy pi at V, so that the bracket that V and T V prove holds V^pi as well as V*.
     `by_state`, a bool: whether `excess` is worth a product where it cannot be told without.
@@ -136,26 +151,25 @@ def certify(
     sizes = sizes_of(mdp, regularizer, value, q, backup)
     noise = rounding_of(mdp, sizes, value, discounts.most)
 
-    def excess(expected):
-        return jnp.max(jnp.abs(gap) / rounding.of_sweep(terms, expected, sizes.q, sizes.spread))
-
     # |E V| <= E|V|: a state whose equation holds to the rounding of |E V| needs no second expectation.
-    rough = excess(sizes.expectation)
-
-    exact = only_if(by_state & (rough > rounding.AT_WORKING_PRECISION), lambda: excess(sizes.expected()), rough)
+    least = sizes.rounding(terms, sizes.expectation)
+    rough, most = largest(jnp.abs(gap) / least, jnp.abs(sizes.collected))
+    unclear = by_state & (rough > rounding.working_precision(mdp.modulus, value.dtype))
+    exact = only_if(unclear, lambda: jnp.max(jnp.abs(gap) / sizes.rounding(terms, sizes.expected())), rough)
 
     low, high = min_max(gap)
     proven = bracket(discounts, low, high, noise)
     # V* - V is between gap + lower and gap + upper.
     error = jnp.maximum(high + proven.upper, -(low + proven.lower))
-    collected = sup_norm(sizes.collected) + 2 * rounding.underflow(terms, value.dtype)
+    collected = most + 4 * rounding.underflow(terms, value.dtype)
     # Of the problem as it is meant, without an allowance: a bound must not pass for one by the allowance alone.
     horizon = 1 / (1 - mdp.modulus)
-    return Certificate(
+    certificate = Certificate(
         jnp.maximum(high, -low),
-        error + proven.rounding,
+        (error + proven.rounding) * (1 + 8 * rounding.unit_roundoff(value.dtype)),
         2 * (proven.half_width + proven.rounding) + horizon * rounding.of_policy(regularizer.temperature, value.dtype),
         noise,
         collected * horizon,
         exact,
     )
+    return certificate, least

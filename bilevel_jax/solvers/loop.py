@@ -194,7 +194,8 @@ def iterate(
         value = walk.backup + shift
         q = action_values(mdp, value)
         backup = regularizer.conjugate(q)
-        proven = certify(mdp, regularizer, discounts, value, q, backup, by_state=limited & to_working_precision)
+        by_state = limited & to_working_precision
+        proven, allowed = certify(mdp, regularizer, discounts, value, q, backup, by_state)
         extra = jnp.maximum(proven.noise - rounding_of(sup_norm(value)), 0)
         # Both sweeps prove something, the last one and that at the value itself.
         before = wide + bracket(discounts, residual, residual, jnp.maximum(proven.noise, noise)).rounding
@@ -204,12 +205,13 @@ def iterate(
             excess = only_if(
                 centred & limited,
                 lambda: jnp.maximum(
-                    proven.excess, excess_below(mdp, regularizer, discounts, walk.value, walk.backup, shift)
+                    proven.excess, excess_below(mdp, regularizer, discounts, walk.value, walk.backup, shift, allowed)
                 ),
                 proven.excess,
             )
             proven = proven._replace(excess=excess)
-            accepted = (excess <= rounding.AT_WORKING_PRECISION) & (proven.error_bound <= proven.implied)
+            accepted = excess <= rounding.working_precision(mdp.modulus, dtype)
+            accepted &= proven.error_bound <= rounding.SAYS_SOMETHING * proven.implied
         else:
             asked = jnp.minimum(found.asked, proven.implied)
             accepted = proven.error_bound <= asked

@@ -83,9 +83,18 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    cases = {}
     for item in items:
         if item.module.__name__ in NUMERICAL:
             item.add_marker("numerical")
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for group in cases.values():
+        (count,) = group[0].get_closest_marker("few").args
+        fast = {round(k * (len(group) - 1) / max(count - 1, 1)) for k in range(count)}
+        for k, item in enumerate(group):
+            if k not in fast:
+                item.add_marker("slow")
 
 
 # Every program that XLA compiled holds several memory mappings; a process may have 65,530 and dies of one more.

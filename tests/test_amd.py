@@ -63,6 +63,7 @@ def short():
     return amd(garnet(), SGD, sweeps=3)
 
 
+@pytest.mark.slow
 def test_as_published():
     """V and dV at every iteration, x moving; and, long swept, the gradient, which the published code gets from Q~."""
     problem, algorithm = garnet(), short()

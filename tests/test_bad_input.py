@@ -253,6 +253,7 @@ def test_the_table_fails_for_its_own_reason():
     assert bj.SuccessorTransition(NEXT, PROB).shape == SHAPE
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("solver", [bj.ValueIteration(), bj.PolicyIteration()], ids=["VI", "PI"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_inside_jit_is_a_code(kind, solver):
@@ -268,6 +269,7 @@ def test_nan_inside_jit_is_a_code(kind, solver):
             bj.check(solution)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("solver", [bj.ValueIteration(), bj.PolicyIteration()], ids=["VI", "PI"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_reward_that_is_not_finite_is_reported_at_an_action_that_is_never_taken(solver, value):
@@ -301,6 +303,7 @@ def test_too_few_steps():
         bj.check(solution)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("solver", [bj.ValueIteration, bj.PolicyIteration])
 def test_tolerance_below_rounding(solver):
     mdp = jax.tree.map(lambda x: x.astype(np.float32), make_mdp(PROCESS, 0.99))

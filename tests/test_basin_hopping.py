@@ -45,6 +45,7 @@ def phi(x):
     return PROBLEM.objective(x, bj.solve(PROBLEM.mdp(x), PROBLEM.regularizer(x)))
 
 
+@pytest.mark.slow
 def test_the_first_descent_is_the_algorithms_own():
     algorithm = hopping()
     state, info, _ = run(algorithm, 0, 1)
@@ -60,6 +61,7 @@ def test_the_first_descent_is_the_algorithms_own():
     bj.check(info)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fresh", [0.0, 0.5, 1.0])
 def test_it_leaves_the_worse_well_and_never_gets_worse(fresh):
     grid = jnp.linspace(-4, 4, 801)[:, None]

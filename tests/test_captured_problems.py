@@ -105,6 +105,7 @@ X = jnp.asarray(1.5)
 compute = importlib.import_module("bilevel_jax.hypergradient.compute")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_hypergradient(name):
     made = bj.check(bj.hypergradient(PROBLEMS[name], X, with_error=False))
@@ -122,6 +123,7 @@ def test_hypergradient(name):
     assert compute._hypergradient._cache_size() == size + 1
 
 
+@pytest.mark.slow
 def test_a_kernel_and_a_regularizer_in_solve():
     transition = bj.MatrixFreeTransition(lambda p, v: jnp.stack([v, v[::-1]], -1) @ jnp.eye(2)[SIDE][:, None], (), 2, 1)
     mdp = bj.MDP(transition, [[1.0], [0.0]], 0.5)
@@ -139,6 +141,7 @@ def test_a_kernel_and_a_regularizer_in_solve():
 SIDE = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [implicit, m_sobirl])
 def test_a_step_of_an_algorithm_built_before(make):
     def project(x):

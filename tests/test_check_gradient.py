@@ -24,6 +24,7 @@ PROCESS = random_process(11)
 REGULARIZER = functools.partial(upper_regularizer, kind="kl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "contexts"), but([("tsallis", False)], [("kl", True), ("tsallis", False)]))
 def test_right_problems_pass(kind, contexts, capsys):
     report = bj.check_gradient(upper_problem(kind, contexts), upper_start(), directions=2)
@@ -43,6 +44,7 @@ def test_right_problems_pass(kind, contexts, capsys):
     }
 
 
+@pytest.mark.slow
 def test_a_second_check_and_one_of_another_x_compile_nothing():
     problem = upper_problem("shannon")
     programs = [getattr(check, name) for name in ("_along_each", "_along_parts", "_modulus", "_directions")]

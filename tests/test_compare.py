@@ -59,6 +59,7 @@ def outcome(tiny):
     return run_cell(cell, directory / "cells", lambda line: pytest.fail(f"computed again: {line}"))
 
 
+@pytest.mark.slow
 def test_curves_are_exact_objectives_within_the_budget(tiny):
     made = outcome(tiny)
     curves = made.curves
@@ -216,6 +217,7 @@ class Wild(bj.problems.synthetic.Synthetic):
         return -jnp.sum(jnp.exp(x**2)) + jnp.sum(solution.policy) * 0
 
 
+@pytest.mark.slow
 def test_a_diverged_run_ends_and_the_others_go_on_until_budget_or_deadline():
     plain = bj.problems.make("synthetic", states=3, actions=2, dimension=2)
     method = METHODS["m_sobirl"]

@@ -69,6 +69,7 @@ def assert_trees_close(got, want, rtol=1e-10, atol=1e-12):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), got, want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", but([nnx_network], [linen_network, nnx_network]))
 def test_weights_of_a_network_as_upper_variable(make):
     reward, params = make()
@@ -107,6 +108,7 @@ def test_training_a_network_inside_scan():
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.slow
 def test_vmap_over_seeds_and_learning_rates():
     problem = imitation(linen_network()[0])
 

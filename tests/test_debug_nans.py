@@ -25,6 +25,7 @@ def _debug_nans():
         yield
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["implicit", "unrolled", "trajectories", "perturbation"])
 def test_no_error_is_none_in_every_method(name):
     problem = garnet()
@@ -45,6 +46,7 @@ def test_reports_without_a_bound_say_what_failed():
         bj.check(report)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["m_sobirl", "implicit", "naive"])
 def test_reports_of_algorithms(name):
     make = getattr(bj.algorithms, name)

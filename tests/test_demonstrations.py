@@ -64,6 +64,7 @@ def assert_expert_is_exact(options):
     return problem, expert, want.sum()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", LONG)
 def test_experts_of_long_horizons(name):
     assert_expert_is_exact(LONG[name])
@@ -113,6 +114,7 @@ def best(problem, steps=40):
 LBFGS = optax.lbfgs()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("features", ["ground", "pair"])
 def test_estimators_are_one_where_visits_are_an_occupancy(features):
     problems = [make(estimator=estimator, features=features, ridge=0.1) for estimator in inverse_rl.ESTIMATORS]

@@ -112,6 +112,7 @@ def dot(a, b):
     return np.vdot(flat(a), flat(b))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "layout"), but([("kl", "dense"), ("tsallis", "successor")], CASES))
 def test_first_derivatives(kind, layout):
     theta = parameters(kind, layout)
@@ -153,6 +154,7 @@ def ravel(tree):
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "layout", "mode"),
     but(
@@ -195,6 +197,7 @@ HASTY = bj.BilevelProblem(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cycles", [0, 1])
 def test_an_adjoint_that_fails_shows(cycles):
     adjoint, reward = bj.GMRES(restart=1, max_cycles=cycles), jnp.asarray(PROCESS.reward)

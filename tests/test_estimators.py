@@ -124,6 +124,7 @@ def made_with(name, number):
     return draws(setting(), UNBIASED[name], batches=600, **arguments)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", but(["exact", "two visits", "shared"], UNBIASED))
 def test_unbiased(name):
     """All baselines on one Garnet MDP, the mean over the others on a second one."""

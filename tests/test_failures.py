@@ -131,7 +131,7 @@ def test_the_discount_next_to_one(kind):
         if int(made.solution.result) == bj.Result.CONVERGED:
             assert float(made.error) >= np.linalg.norm(flat(made.gradient))
         else:
-            with pytest.raises(bj.ConvergenceError, match="solve: (a value was not finite|rounding stopped)"):
+            with pytest.raises(bj.ConvergenceError, match=r"solve: (a value was not finite|rounding stopped)"):
                 bj.check(made)
 
 

@@ -71,6 +71,7 @@ def in_reward(transition, reward, discount, regularizer, adjoint=None):
     return bj.solve(bj.MDP(transition, reward, discount), regularizer, adjoint=adjoint).value[0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kind", "regularizer"),
     [
@@ -103,6 +104,7 @@ def test_values_and_gradients_of_chains_that_go_round(kind, regularizer):
         np.testing.assert_allclose(gradient, visits[:, None] * policy, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     transition = ring(actions=2)
     reward = jnp.asarray(np.random.default_rng(1).normal(size=transition.shape))
@@ -145,6 +147,7 @@ def test_the_default_adjoint_in_both_directions(dtype, transpose):
         np.testing.assert_allclose(x, want, rtol=0, atol=accuracy * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_named_krylov_solvers_say_what_they_reached():
     discount, first = 0.9999, np.eye(SIZE)[0]
     want = wanted(discount, first, True)
@@ -211,6 +214,7 @@ def garnet(size=SIZE, slots=4, actions=3):
     return bj.MDP(bj.SuccessorTransition(successor, probability), rng.normal(size=(size, actions)), 0.999)
 
 
+@pytest.mark.slow
 def test_chains_that_mix_make_the_same_products_as_before():
     mdp = garnet()
     operator = PolicyOperator(mdp.transition, jnp.full(mdp.reward.shape, 0.999 / 3))

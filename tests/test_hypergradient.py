@@ -172,6 +172,7 @@ ROUGH = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ROUGH)
 def test_adjoint_equation_and_its_error_bound(name):
     matrix, rhs = adjoint_system()

@@ -83,6 +83,7 @@ def test_converges_to_a_stationary_point():
     np.testing.assert_allclose(result.value, 10 / (2 * 5), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "contexts"),
     but([("kl", True)], [("shannon", False), ("tsallis", False), ("kl", True)]),

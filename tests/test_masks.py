@@ -110,6 +110,7 @@ def outputs(kind, absent, p):
     return out
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_without_the_absent(kind):
     p = parameters(kind)
@@ -168,6 +169,7 @@ def test_a_state_without_any_action_is_not_finite():
 # The MDP
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("kind", "layout"), [*((kind, "dense") for kind in KINDS), ("shannon", "successor")])
 def test_solution_without_the_absent(kind, layout):
     want, policy = absent_solution(kind, PROCESS.dense, PROCESS.reward, DISCOUNT)
@@ -192,6 +194,7 @@ def test_nothing_depends_on_what_the_absent_say():
         jax.tree.map(np.testing.assert_array_equal, *made)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivative_of_the_value(kind):
     p = {"reward": jnp.asarray(PROCESS.reward), "logits": jnp.log(PROCESS.dense), "discount": jnp.asarray(0.5)}

@@ -41,6 +41,7 @@ def truth(kind, contexts=False):
     return bj.check(bj.hypergradient(upper_problem(kind, contexts), upper_start(), method=EXACT["direct"]))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", but(["unrolled", "trajectories"], EXACT))
 def test_all_roads_lead_to_the_same_gradient(name):
     made = bj.hypergradient(upper_problem("kl"), upper_start(), method=EXACT[name])
@@ -144,6 +145,7 @@ def test_error_bound_in_float32(method):
     assert error <= float(made.error) <= 10 * error + 1e-2
 
 
+@pytest.mark.slow
 def test_a_lower_level_that_is_not_found_has_no_bound():
     problem, x = grid(0.999, 0.2)
     x["reward"] = x["reward"].at[3].set(jnp.nan)
@@ -240,6 +242,7 @@ def test_warm_started_iterates_converge():
     assert slope < -0.05  # linear
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("length", [1, 2, 4])
 def test_trajectories_are_the_truncated_sums_of_the_estimator(length):
     process, weights = random_process(3), np.random.default_rng(3).normal(size=(STATES, 3))
@@ -281,6 +284,7 @@ def test_differences_and_random_signs():
     bj.check(made)
 
 
+@pytest.mark.slow
 def test_random_signs_are_unbiased():
     problem, x = upper_problem("shannon"), upper_start()
     exact, samples = flat(truth("shannon").gradient), 500

@@ -257,6 +257,7 @@ def test_half_precision_is_widened(name, kind):
             assert call(numbers).dtype.itemsize >= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HALF)
 def test_a_process_in_half_precision_is_solved_in_float32(kind):
     half = HALF[kind]
@@ -289,6 +290,7 @@ def stencil(half):
     return np.stack([stay, right, left]).astype(half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HALF)
 def test_half_precision_inside_jit_vmap_and_grad(kind):
     reward = jnp.asarray(R, HALF[kind])
@@ -305,6 +307,7 @@ def test_half_precision_inside_jit_vmap_and_grad(kind):
     np.testing.assert_allclose(gradient.astype(float), wide, rtol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", HALF)
 def test_an_upper_variable_in_half_precision(kind):
     x = {"a": jnp.asarray([[0.5, 0.25], [1, 2]], HALF[kind])}

@@ -106,6 +106,7 @@ def measures(layout):
     return jax.jit(function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["successor", pytest.param("dense", marks=pytest.mark.slow)])
 def test_derivatives_agree_with_finite_differences(layout):
     axis = 0 if layout == "successor" else -1

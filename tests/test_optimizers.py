@@ -40,6 +40,7 @@ def types(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)), tree)
 
 
+@pytest.mark.few(12)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_keeps_its_types_in_every_optimizer(name, dtype):
@@ -101,6 +102,7 @@ def test_an_error_of_the_optimizer_is_its_own():
         implicit(upper_problem("shannon"), optimizer).init(KEY, upper_start())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "optimizer"), [(implicit, "lbfgs"), pytest.param(m_sobirl, "polyak_sgd", marks=pytest.mark.slow)]
 )

@@ -77,6 +77,7 @@ def problem_of(kernel, objective):
     )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kernel", "objective"), but([("softmax", "occupancy"), ("mixture", "leader"), ("slots", "value")], CASES)
 )
@@ -125,6 +126,7 @@ def test_contexts_with_weights():
     np.testing.assert_allclose(flat(made.gradient), flat(total[1]), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_another_mdp_solved_under_this_policy():
     """Two levels of response: a second agent's rewards are made by the first one's policy, and it optimises, too."""
 

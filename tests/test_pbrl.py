@@ -63,6 +63,7 @@ def penalized_numpy(problem, penalty, x, dual):
     return np.mean(value_of(costs)), np.mean(best - value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_gradient_of_the_least_penalized_value(penalty):
     """d/dx min over pi of f + weight p, by finite differences of what numpy says; and the two summands as reported."""

@@ -114,6 +114,7 @@ def reference():
     return value
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "solver", [bj.PolicyIteration(), bj.ValueIteration(), bj.AndersonIteration(), bj.AdaptivePolicyIteration()]
 )

@@ -50,6 +50,7 @@ class TestEveryProblem:
             assert field.default is not dataclasses.MISSING, field.name
             assert re.search(rf"^ +(\w+, )*{field.name}(, \w+)*: ", spec.options.__doc__, re.MULTILINE), field.name
 
+    @pytest.mark.few(3)
     def test_keeps_the_protocol(self, name):
         problem = make(name)
         assert isinstance(problem, bj.Problem)
@@ -75,6 +76,7 @@ class TestEveryProblem:
         copy = jax.jit(lambda p: p)(jax.tree.unflatten(structure, leaves))
         np.testing.assert_array_equal(copy.mdp(x).reward, problem.mdp(x).reward)
 
+    @pytest.mark.few(3)
     def test_hypergradient_against_differences(self, name):
         problem = make(name)
         x, d = problem.start(KEY), random_like(1, problem.start(KEY))
@@ -93,6 +95,7 @@ class TestEveryProblem:
 # The synthetic problem.
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_synthetic_is_as_published(seed):
     states, actions, dimension = 8, 4, 6

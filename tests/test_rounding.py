@@ -90,6 +90,7 @@ def maze(side, discount, wall, dtype, density=0.25):
 # Nothing to collect.
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_to_collect_is_zero(solver, dtype):
@@ -115,6 +116,7 @@ def test_rewards_below_the_smallest_normal_number():
         assert np.abs(np.asarray(solution.value, float) - 10 * reward).max() <= float(solution.stats.error_bound)
 
 
+@pytest.mark.slow
 def test_one_zero_element_of_a_batch():
     p = chain((0, 1), (1, 0))
     reward = np.stack([np.zeros((2, 2)), np.array([[0.0, 1], [2, 3]])])
@@ -147,12 +149,14 @@ ENDED = chain((0, 1), (0, 2), (2, 2))
 COSTS = np.array([[-1.0, -1], [-1, -1], [0, 0]])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_costs_until_an_absorbing_end(solver):
     mdp = bj.MDP(ENDED.astype(np.float32), COSTS.astype(np.float32), np.float32(0.99999))
     check_right(bj.solve(mdp, NONE, solver=SOLVERS[solver]), exact(mdp), 3e-7)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("solver", ["auto", "VI", "modified", "anderson"])
 @pytest.mark.parametrize(("side", "discount"), [(6, 0.99999), (12, 0.9999)])
 def test_mazes(solver, side, discount):
@@ -169,6 +173,7 @@ def test_ends_by_discounts_of_zero():
         check_right(bj.solve(mdp, NONE, solver=solver), exact(mdp), 3e-7)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("distance", [1e-6, 1e-8, 1e-10, 1e-12])
 @pytest.mark.parametrize("solver", ["auto", "VI", "modified"])
 def test_the_level_at_discounts_near_one(distance, solver):
@@ -196,6 +201,7 @@ def test_hypergradient_of_a_corridor_that_ends():
 # Numbers that the answer is not made of.
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize(
     ("dtype", "cost"), [(np.float32, 1e6), (np.float32, 1e12), (np.float64, 1e12), (np.float64, 1e18)]
@@ -211,6 +217,7 @@ def test_rewards_that_nobody_collects(solver, dtype, cost):
     check_right(asked, exact(mdp), 200 * np.finfo(dtype).eps)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_walls_that_cost_a_million(solver):
     mdp = maze(6, 0.99, 1e6, np.float32)
@@ -222,6 +229,7 @@ def test_walls_that_cost_a_million(solver):
     assert cell == 35
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("ratio", [1e3, 1e6, 1e12])
 def test_parts_of_different_scale(solver, ratio):
@@ -262,6 +270,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", sorted(CLASSES))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -282,6 +291,7 @@ def test_drifting_apart_for_as_long_as_one_likes_is_not_a_gain():
     assert int(bj.solve_average_reward(mdp, NONE, solver=solver).result) != bj.Result.CONVERGED
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("solver", [bj.RelativePolicyIteration(), bj.RelativeValueIteration()])
 def test_gains_beside_rewards_that_nobody_collects(dtype, solver):
@@ -328,6 +338,7 @@ def test_a_finite_horizon_whose_rounding_is_all_there_is():
 # Two computations of one number.
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("kind", ["shannon", "kl", "tsallis", "none"])
 def test_a_best_action_has_weight_by_construction(kind, temperature):
@@ -385,6 +396,7 @@ def test_rounding_of_a_sweep_is_within_its_allowance():
     assert worst > 0.1
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["shannon", "kl", "tsallis", "none"])
 def test_second_derivatives_in_a_scan_with_checkpoints(kind):
     # Custom rules lose a part of them there: forward over reverse mode is compared with forward over forward.

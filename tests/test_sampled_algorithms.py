@@ -106,6 +106,7 @@ def with_rate(state, rate):
 # What every algorithm must allow.
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", but(set(ALGORITHMS) - COSTLY, ALGORITHMS))
 def test_protocol(name):
     """One compilation whatever the numbers; infos; same key, same bits; NaN is reported."""

@@ -65,6 +65,7 @@ def _answer(agent, problem, x):
     return agent.policy(agent.improve(KEY, agent.init(KEY, problem, x), problem, x), problem, x).values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["differences", "perturbation"])
 def test_differences(monkeypatch, kind):
     method = {
@@ -80,6 +81,7 @@ def test_differences(monkeypatch, kind):
     assert np.isfinite(asked.gradient).all()
 
 
+@pytest.mark.slow
 def test_hops(monkeypatch):
     def hop():
         hopping = bj.algorithms.basin_hopping(bj.algorithms.implicit(make(), optax.sgd(0.1)), descent=2)
@@ -100,6 +102,7 @@ def test_check_gradient_differences(monkeypatch):
     assert [row.part for row in report.totals if not row.agrees] == ["direction 1: differences of phi"]
 
 
+@pytest.mark.slow
 def test_check_gradient_leaves_out_sweeps_that_it_cannot_make():
     """230,000 sweeps would be needed; 20,000 of them disagreed with a gradient that is right."""
     report = bj.check_gradient(make(0.9999), jnp.zeros(4), directions=1, verbose=False)

@@ -36,6 +36,7 @@ def regularizer(kind, temperature=0.5):
     return make_regularizer(kind, temperature, PROCESS.reference)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("solver", "kind", "layout"),
     [
@@ -314,6 +315,7 @@ def run_m_sobirl(number):
         state, _ = algorithm.step(jax.random.key(0), state)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("run", "compilations"),
     [

@@ -42,6 +42,7 @@ def truth(kind, discount=None):
     return solve_numpy(kind, PROCESS.dense, PROCESS.reward, discount, 0.5, PROCESS.reference)[:2]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_agrees_with_numpy(name):
     for kind, layout in (("shannon", "dense"), ("unregularized", "successor")):
@@ -70,6 +71,7 @@ def policy_value(dense, reward, discount, kind, policy):
     return np.linalg.solve(np.eye(len(dense)) - operator, (policy * reward).sum(1) - penalty)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["value", "plain value", "modified", "newton", "anderson", "adaptive"])
 @pytest.mark.parametrize("kind", ["shannon", "unregularized"])
 def test_certificates_hold_at_every_stage(name, kind):

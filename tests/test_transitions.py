@@ -170,6 +170,7 @@ def test_shape_dtype_terms_and_stays(form, dtype):
     assert jax.tree.structure(other) == jax.tree.structure(kernel)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_products_differentiate(form):
     """Gradients in every float leaf, of products with a fold, by finite differences; forward mode agrees."""

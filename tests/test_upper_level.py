@@ -64,6 +64,7 @@ def run(algorithm, x, steps):
     return jax.lax.scan(body, algorithm.init(KEY, x), jax.random.split(KEY, steps))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", but(["sobirl", "m_sobirl", "implicit"], ALGORITHMS))
 def test_projection_in_every_algorithm(name):
     problem = garnet()
@@ -79,6 +80,7 @@ def test_projection_in_every_algorithm(name):
     assert int(state.iteration) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(["m_sobirl"], ALGORITHMS))
 def test_schedule_of_the_temperature_in_every_algorithm(name):
     problem, x = garnet(temperature=0.5), 0.1 * jax.random.normal(KEY, (5, 2))
@@ -119,6 +121,7 @@ def brute_force(problem, count=80):
     return grid[int(np.argmin(paid))], float(np.min(paid))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", but(["m_sobirl", "implicit"], MODEL))
 def test_on_the_simplex(name):
     problem = mixture()

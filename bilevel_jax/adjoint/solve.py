@@ -131,7 +131,7 @@ def _stats(solver, system, modulus, attempt: Attempt, rhs, transpose) -> LinearS
     length, asked, size = (jnp.linalg.norm(vector / scale) for vector in (gap, rhs, x))
     tolerance = jnp.asarray(solver.relative_tolerance(rhs.dtype), rhs.dtype)
     allowed = rounding.SOLVE_FLOOR * eps * size
-    # Entries of a residual are multiples of a part of x's rounding: where they come out as 0, they show no more than that.
+    # A residual has the rounding of x: where all of its entries come out as 0, it shows no more than that.
     shown = jnp.maximum(length, eps / 4 * size)
     ok = (shown <= 1.01 * tolerance * asked) | (solver.takes_rounding() & (length <= allowed))
     near = length <= rounding.SOLVE_NEAR_FLOOR * eps * (size + asked)

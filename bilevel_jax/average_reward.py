@@ -27,7 +27,7 @@ from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.occupancy import unichain_operator, unichain_solve
 from bilevel_jax.reductions import matmul, min_max
 from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.results import Outcome, Result
+from bilevel_jax.results import Outcome
 from bilevel_jax.rounds import Found, in_rounds
 from bilevel_jax.transitions import StateOperator
 from bilevel_jax.validation import as_float, require_instance, require_setting, require_stopping
@@ -312,6 +312,7 @@ def _iterate(solver, mdp, regularizer, bias):
     dtype = bias.dtype
     terms = mdp.transition.terms
     to_working_precision = solver.tolerance is None
+    wanted = jnp.asarray(0 if to_working_precision else solver.tolerance, dtype)
 
     def sweep(bias, failures):
         bias = bias - jnp.mean(bias)
@@ -360,12 +361,12 @@ def _iterate(solver, mdp, regularizer, bias):
             asked = found.asked
             accepted = (excess <= rounding.AT_WORKING_PRECISION) & (bound <= rounding.KNOWN * trivial + least)
         else:
-            asked = jnp.minimum(found.asked, trivial + least)
+            asked = jnp.minimum(wanted, trivial + least)
             accepted = bound <= asked
         # h may be finite where q is not: an action that the regularizer never takes.
         known = jnp.isfinite(q) if mdp.available is None else jnp.isfinite(q) | ~mdp.available
         extra = jnp.maximum(noise - (seen - found.extra), 0)
-        limited = at_rounding(half, noise, walk.previous)
+        limited = at_rounding(half, noise, walk.previous) & (not to_working_precision)
         finite = jnp.all(known) & jnp.isfinite(bound)
         return Found(Answer(bias, gain, lower, upper), accepted, limited, finite, excess, asked, extra)
 
@@ -373,7 +374,7 @@ def _iterate(solver, mdp, regularizer, bias):
     walk, found = in_rounds(
         Walk(sweep(bias, jnp.asarray(0, jnp.int32)), unknown, jnp.asarray(1, jnp.int32)),
         Answer(bias, unknown, unknown, unknown),
-        jnp.asarray(0 if to_working_precision else solver.tolerance, dtype),
+        wanted,
         jnp.asarray(solver.max_steps, jnp.int32),
         going=going,
         step=step,
@@ -381,11 +382,8 @@ def _iterate(solver, mdp, regularizer, bias):
         to_working_precision=to_working_precision,
     )
     answer = found.answer
-    ended = jnp.where(found.limited, Result.PRECISION_LIMIT, Result.MAX_STEPS)
-    result = jnp.where(found.accepted, Result.CONVERGED, ended)
-    result = jnp.where(found.finite, result, Result.NOT_FINITE).astype(jnp.int32)
     bound = (answer.upper - answer.lower) / 2
-    return answer.gain, answer.bias, result, AverageRewardStats(walk.steps, answer.lower, answer.upper, bound)
+    return answer.gain, answer.bias, found.result, AverageRewardStats(walk.steps, answer.lower, answer.upper, bound)
 
 
 _iterate_one_at_a_time = one_at_a_time_on_cpu(_iterate)

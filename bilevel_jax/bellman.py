@@ -80,11 +80,12 @@ def check_compatible(mdp: MDP, regularizer: Regularizer) -> None:
 
 
 class Sizes(NamedTuple):
-    """How large the numbers are that a sweep at V is made of, [S] each, weighted by the policy at V.
+    """How large the numbers are that a sweep at V is made of, weighted by the policy at V; [S] but for two.
 
-    `q` sum_a pi |Q| + |T V|; `spread` |T V - max Q|; `collected` sum_a pi r - Omega(pi), what the policy collects in a
-    step; `expectation` sum_a pi |discount E V|, at most what `expected()` is. `empty`, a bool: no reward that the
-    policy collects has a bit that is not 0. `lost`, a scalar: what falls below the smallest number in a backup.
+    `q` sum_a pi |Q| + |T V|; `spread` |T V - max Q|; `lost`, a scalar: what a backup loses below the smallest normal
+    number; `collected` sum_a pi r - Omega(pi), what the policy collects in a step; `expectation` sum_a pi |discount E V|,
+    at most what `expected()` is; `empty`, a bool: every reward that the policy collects is exactly 0, subnormal numbers
+    not being 0.
     """
 
     q: jax.Array

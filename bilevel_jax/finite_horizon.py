@@ -241,7 +241,7 @@ def _bounds(mdp, regularizer, value, q, backup, after: Bounds) -> Bounds:
     """Those one step earlier, at V[S] = `value` one step later; Q[S, A] and T V [S] are there already."""
     terms = mdp.transition.terms
     sizes = sizes_of(mdp, regularizer, value, q, backup)
-    discount = jnp.max(mdp.discount)
+    discount = jnp.max(mdp.discount * mdp.transition.expect(jnp.ones_like(value)))  # rows as they are
     most = discount * (1 + rounding.of_row_sums(terms, value.dtype))
     noise = rounding_of(mdp, sizes, value, most)
     collected = sup_norm(sizes.collected) + 4 * rounding.underflow(terms, value.dtype)

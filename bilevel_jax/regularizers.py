@@ -58,7 +58,7 @@ class Regularizer(eqx.Module):
         """Omega(pi): [S, A] -> [S]. Zero-probability actions cost nothing."""
 
     def penalty_at(self, q: jax.Array) -> jax.Array:
-        """Omega(pi) of the policy at Q: [S, A] -> [S], its rounding being that of the parts of a backup."""
+        """Omega(pi) of the policy at Q: [S, A] -> [S]. Read off the policy by default; override it to keep digits."""
         return self.penalty(self.policy(q))
 
     def event_ndim(self) -> "Regularizer":
@@ -113,7 +113,7 @@ class ShannonEntropy(Regularizer):
     def _weights(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(Q - max Q) / temperature, its exponential, [S, A], and their sum without the best one's 1, [S].
 
-        Sums of one sign keep their digits. The best one's term in the sum is 0, with its derivative.
+        Sums of one sign keep their digits. The best one's term in the sum has the value 0, and a derivative.
         """
         best = argmax_last(q)
         scaled = _below_best(q, best, _usable(self.temperature, q.dtype))

@@ -25,7 +25,7 @@ NOISE = 4
 REACHED = 2
 # Where the bracket is within so many times what rounding allows, a step that does not narrow it is the last.
 STALL = 64
-# A bound says something where it is at most so large a part of what is implied without an iteration.
+# A bound says something where it is at most so large a part of what the policy collects for ever.
 SAYS_SOMETHING = 1 / 2
 # Bounds on a gain are trivial where they are as far apart as the rewards that are collected; it is known to working
 # precision where they are nearer than this fraction of that, or than the rounding of these rewards.
@@ -63,8 +63,8 @@ def underflow(terms: int, dtype: Any) -> float:
 def working_precision(modulus: jax.Array, dtype: Any) -> jax.Array:
     """How many times its own rounding a state's equation may be off by: at most 64.
 
-    An equation that is off by n u says n u / (1 - discount) of the value. Near discount 1, in float32, 64 u is what any
-    multiple of the value leaves: n is such that a hundredth of the value is known, and 2 where rounding itself is more.
+    A relative error n u in the equation is one of up to n u / (1 - discount) in the value. So n is such that the
+    equation fixes the value to a hundredth, and no less than 2, what rounding itself leaves: there less may be known.
     """
     known = KNOWN * (1 - modulus) / unit_roundoff(dtype)
     return jnp.clip(known, LEAST_WORKING_PRECISION, AT_WORKING_PRECISION).astype(dtype)

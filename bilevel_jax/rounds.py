@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bilevel_jax.results import Result
 from bilevel_jax.rounding import LEAST_BURST, PATIENCE
 
 
@@ -44,6 +45,13 @@ class Found(NamedTuple):
     excess: jax.Array
     asked: jax.Array
     extra: jax.Array
+
+    @property
+    def result(self) -> jax.Array:
+        """The code of an iteration that ended with it, int32."""
+        ended = jnp.where(self.limited, Result.PRECISION_LIMIT, Result.MAX_STEPS)
+        result = jnp.where(self.accepted, Result.CONVERGED, ended)
+        return jnp.where(self.finite, result, Result.NOT_FINITE).astype(jnp.int32)
 
 
 class Round(NamedTuple):

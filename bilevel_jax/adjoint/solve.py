@@ -85,7 +85,11 @@ def _linear_solve(solver, operator, modulus, rhs, guess, *, transpose, share, po
 
 def _solve_once(solver, prepared, operator, modulus, rhs, guess, transpose, poison):
     attempt = solver.solve(operator, prepared, rhs, guess, transpose)
-    stats = _stats(solver, operator.T if transpose else operator, modulus, attempt, rhs, transpose)
+    # Rows of P sum to 1 up to what is accepted of them: M's own say how far a residual reaches.
+    rows = jnp.max(jnp.abs(operator.apply(jnp.ones_like(rhs)))) * (
+        1 + rounding.of_row_sums(_terms(operator), rhs.dtype)
+    )
+    stats = _stats(solver, operator.T if transpose else operator, jnp.maximum(modulus, rows), attempt, rhs, transpose)
     x = jnp.where(stats.result == Result.CONVERGED, attempt.x, jnp.nan) if poison else attempt.x
     return x, stats
 
@@ -144,7 +148,8 @@ def _stats(solver, system, modulus, attempt: Attempt, rhs, transpose) -> LinearS
 
     noise = rounding.of_linear_residual(_terms(system), modulus, norm(x), norm(rhs))
     residual = norm(gap)
-    return LinearStats(result.astype(jnp.int32), attempt.steps, residual, (residual + noise) / (1 - modulus))
+    bound = jnp.where(modulus < 1, (residual + noise) / (1 - modulus), jnp.inf)
+    return LinearStats(result.astype(jnp.int32), attempt.steps, residual, bound)
 
 
 def _terms(operator: StateOperator) -> int:

@@ -14,7 +14,7 @@ from bilevel_jax.hypergradient.problem import Problem
 from bilevel_jax.results import Result
 from bilevel_jax.solvers import Auto, read_out, solve
 
-# The better V is so many times closer to V*, proven by its solver: |V - V*| >= |T V - V| / 2.
+# The better V is to be so many times closer to V*: |V - V*| >= |T V - V| / 2.
 CLOSER = 100
 # The correction of w is found to one digit, which the factor 2 leaves room for.
 DIGIT = 10
@@ -29,7 +29,7 @@ def error_bound(problem: Problem, x: Any, gradient: Any, value: jax.Array, adjoi
     what rounding may do to either. Without w (None) it is solved for as a whole, to its solver's own tolerance.
     Costs a few sweeps and products, and one more evaluation of the gradient formula. Not differentiated.
 
-    inf where that better V was not found.
+    inf where that solve ended with MAX_STEPS or NOT_FINITE. After PRECISION_LIMIT the V that was reached is used.
     """
     problem, x, gradient, value, adjoint = stop_gradient((problem, x, gradient, value, adjoint))
 

@@ -119,9 +119,9 @@ class Certificate(NamedTuple):
     """What one sweep at V proves of it; scalars.
 
     `residual` |T V - V|_inf. `error_bound` on |V - V*|_inf. `suboptimality` bounds max_s V*[s] - V^pi[s] for the
-    policy pi at V. `noise`, the largest rounding of the sweep. `implied`, a bound on |V*| that needs no iteration: the
-    most that the policy collects in a step, for ever. `excess`, the largest |T V - V| of a state in units of the
-    rounding of its own equation.
+    policy pi at V. `noise`, the largest rounding of the sweep. `implied`: the most that the policy collects in a step,
+    over 1 - discount, which bounds |V^pi|. `excess`, the largest |T V - V| of a state in units of the rounding of its
+    own equation.
     """
 
     residual: jax.Array
@@ -144,7 +144,8 @@ def certify(
     """The certificate of V[S], given Q[S, A] and T V [S] at it; and the least rounding of each state's equation, [S].
 
     T_pi V = T V for the policy pi at V, so that the bracket that V and T V prove holds V^pi as well as V*.
-    `by_state`, a bool: whether `excess` is worth a product where it cannot be told without.
+    `by_state`, a bool: whether to compute E|V|, a product, where the bound on `excess` without it is above the
+    threshold.
     """
     terms = mdp.transition.terms
     gap = backup - value

@@ -12,7 +12,6 @@ from bilevel_jax.bellman import action_values, sup_norm
 from bilevel_jax.mdp import MDP
 from bilevel_jax.reductions import min_max
 from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.results import Result
 from bilevel_jax.rounds import Found, in_rounds, only_if
 from bilevel_jax.solvers.certificate import (
     Bracket,
@@ -143,6 +142,7 @@ def iterate(
     discounts = expected_discounts(mdp) if solver.is_centred else contraction_only(mdp)
     dtype = mdp.reward.dtype
     to_working_precision = solver.tolerance is None
+    wanted = jnp.asarray(0 if to_working_precision else solver.tolerance, dtype)
 
     def rounding_of(size):
         """The rounding of a sweep whose numbers are all at most `size`."""
@@ -213,7 +213,7 @@ def iterate(
             accepted = excess <= rounding.working_precision(mdp.modulus, dtype)
             accepted &= proven.error_bound <= rounding.SAYS_SOMETHING * proven.implied
         else:
-            asked = jnp.minimum(found.asked, proven.implied)
+            asked = jnp.minimum(wanted, proven.implied)
             accepted = proven.error_bound <= asked
         # V may be finite where Q is not: an action that the regularizer never takes.
         known = jnp.isfinite(q) if mdp.available is None else jnp.isfinite(q) | ~mdp.available
@@ -221,7 +221,8 @@ def iterate(
         # A bound may be infinite although the problem is not: where rounding of a row's sum reaches 1 - discount.
         boundless = ~jnp.isfinite(proven.error_bound)
         finite &= ~boundless | (mdp.modulus < 1)
-        limited |= boundless
+        # To working precision, rounding of the largest numbers says nothing of the others: bursts that gain nothing do.
+        limited = boundless | (limited & (not to_working_precision))
         return Found(Answer(value, q, backup, proven), accepted, limited, finite, proven.excess, asked, extra)
 
     if value is None:  # the first Q is the reward, no product needed
@@ -238,7 +239,7 @@ def iterate(
     walk, found = in_rounds(
         walk,
         Answer(value, q, backup, Certificate(*(unknown for _ in Certificate._fields))),
-        jnp.asarray(0 if to_working_precision else solver.tolerance, dtype),
+        wanted,
         jnp.where(usable, jnp.asarray(solver.max_steps, jnp.int32), one),
         going=going,
         step=step,
@@ -246,9 +247,6 @@ def iterate(
         to_working_precision=to_working_precision,
     )
     answer = found.answer
-    ended = jnp.where(found.limited, Result.PRECISION_LIMIT, Result.MAX_STEPS)
-    result = jnp.where(found.accepted, Result.CONVERGED, ended)
-    result = jnp.where(found.finite, result, Result.NOT_FINITE).astype(jnp.int32)
     proven = answer.certificate
     stats = SolveStats(walk.steps, walk.products, proven.residual, proven.error_bound, proven.suboptimality)
-    return answer.value, answer.q, result, stats
+    return answer.value, answer.q, found.result, stats

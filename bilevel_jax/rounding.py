@@ -20,9 +20,10 @@ AT_WORKING_PRECISION = 64
 LEAST_WORKING_PRECISION = 2
 # A gap T V - V of at most so many times the rounding of a sweep is noise: no constant is taken out of it.
 NOISE = 4
-# A bracket of V* of at most so many times what rounding adds to it ends the steps: more would take off no more than two
-# thirds of the bound.
+# A bracket of V* whose half width is at most so many times what rounding adds to it ends the steps: more would take off
+# no more than two thirds of the bound. Where a tolerance is asked for that is not met yet, that may be enough to meet it.
 REACHED = 2
+REACHED_BUT_NOT_ASKED = 1 / 8
 # Where the bracket is within so many times what rounding allows, a step that does not narrow it is the last.
 STALL = 64
 # A bound says something where it is at most so large a part of what the policy collects for ever.

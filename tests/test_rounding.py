@@ -501,3 +501,14 @@ def test_working_precision_near_discount_one():
     solution = bj.solve(mdp, NONE, solver=bj.PolicyIteration(), initial_value=start)
     if int(solution.result) == bj.Result.CONVERGED:
         assert abs(float(solution.value[1])) < 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tolerance", [10.0, 1e3, 1e6])
+def test_a_tolerance_above_all_that_there_is(dtype, tolerance):
+    """The bound says something nevertheless: the middle of the bracket is added where the value is far below it."""
+    mdp = bj.MDP(np.ones((1, 1, 1), dtype), np.full((1, 1), 0.1, dtype), dtype(1 - 2**-14))
+    for solver in (bj.Auto(tolerance), bj.ValueIteration(tolerance), bj.NewtonKrylov(tolerance)):
+        solution = bj.check(bj.solve(mdp, NONE, solver=solver))
+        error = abs(float(solution.value[0]) - float(exact(mdp)[0]))
+        assert error <= float(solution.stats.error_bound) <= min(tolerance, 1.001 * 0.1 * 2**14)

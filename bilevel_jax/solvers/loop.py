@@ -143,6 +143,7 @@ def iterate(
     dtype = mdp.reward.dtype
     to_working_precision = solver.tolerance is None
     wanted = jnp.asarray(0 if to_working_precision else solver.tolerance, dtype)
+    reached = rounding.REACHED if to_working_precision else rounding.REACHED_BUT_NOT_ASKED
 
     def rounding_of(size):
         """The rounding of a sweep whose numbers are all at most `size`."""
@@ -161,7 +162,7 @@ def iterate(
 
     def at_rounding(seen: Bracket, previous):
         stalled = (width(seen) >= previous) & (width(seen) <= rounding.STALL * seen.rounding)
-        return (width(seen) <= rounding.REACHED * seen.rounding) | stalled
+        return (width(seen) <= reached * seen.rounding) | stalled
 
     # What a sweep proves is read off in the condition, where V and T V are arrays that lie in memory: in the body,
     # XLA's CPU would compute the sweep once more for each maximum (docs/performance.md).
@@ -172,7 +173,7 @@ def iterate(
 
     def step(walk: Walk, found: Found, unseen) -> Walk:
         seen, _, _ = look(walk, found)
-        needed = jnp.maximum(found.asked - seen.rounding, rounding.REACHED * seen.rounding)
+        needed = jnp.maximum(found.asked - seen.rounding, reached * seen.rounding)
         # Unseen steps are for states whose share of the bracket is too small to be seen: no step may be saved on.
         half_width = jnp.where(unseen, jnp.inf, seen.half_width)
         swept = Swept(walk.value, walk.backup, walk.kept, half_width, needed)

@@ -83,9 +83,8 @@ class Sizes(NamedTuple):
     """How large the numbers are that a sweep at V is made of, weighted by the policy at V; [S] but for two.
 
     `q` sum_a pi |Q| + |T V|; `spread` |T V - max Q|; `lost`, a scalar: what a backup loses below the smallest normal
-    number; `collected` sum_a pi r - Omega(pi), what the policy collects in a step; `expectation` sum_a pi |discount E V|,
-    at most what `expected()` is; `empty`, a bool: every reward that the policy collects is exactly 0, subnormal numbers
-    not being 0.
+    number; `collected` sum_a pi r - Omega(pi), what is collected in a step; `expectation`: sum_a pi |discount E V|,
+    at most what `expected()` is; `empty`, a bool: each reward that is collected is exactly 0, not subnormal.
     """
 
     q: jax.Array

@@ -20,8 +20,8 @@ AT_WORKING_PRECISION = 64
 LEAST_WORKING_PRECISION = 2
 # A gap T V - V of at most so many times the rounding of a sweep is noise: no constant is taken out of it.
 NOISE = 4
-# A bracket of V* whose half width is at most so many times what rounding adds to it ends the steps: more would take off
-# no more than two thirds of the bound. Where a tolerance is asked for that is not met yet, that may be enough to meet it.
+# A bracket of V* whose half width is at most so many times what rounding adds to it ends the steps: more would take
+# off no more than two thirds of the bound. Where a tolerance is not met yet, that may be enough to meet it.
 REACHED = 2
 REACHED_BUT_NOT_ASKED = 1 / 8
 # Where the bracket is within so many times what rounding allows, a step that does not narrow it is the last.

@@ -28,15 +28,17 @@ from bilevel_jax.occupancy import unichain_operator, unichain_solve
 from bilevel_jax.reductions import matmul, min_max
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome
-from bilevel_jax.rounds import Found, in_rounds
-from bilevel_jax.transitions import StateOperator
-from bilevel_jax.validation import as_float, require_instance, require_setting, require_stopping
+from bilevel_jax.rounds import Found, in_rounds, only_if
+from bilevel_jax.transitions import PolicyOperator, StateOperator
+from bilevel_jax.validation import as_float, require_instance, require_numbers, require_setting, require_stopping
 
 DAMPING = 0.1
 # The most sweeps in place of one policy iteration, 2^10.
 MOST_DOUBLINGS = 10
 # The relative residual of a step's linear system that is solved by products.
 ROUGH = 0.1
+# So many steps later at most, what is collected is taken for what lasts.
+LATER = 1000
 
 
 class AverageRewardStats(eqx.Module):
@@ -236,6 +238,8 @@ def solve_average_reward(
     require_instance("mdp", mdp, MDP)
     require_instance("regularizer", regularizer, Regularizer)
     require_instance("solver", solver, AverageRewardSolver | None)
+    if solver is not None:
+        require_numbers("solver", tolerance=solver.tolerance, max_steps=solver.max_steps)
     require_instance("adjoint", adjoint, LinearSolver | None)
     check_compatible(mdp, regularizer)
     if mdp.discount.ndim > len(mdp.batch_shape):
@@ -303,6 +307,12 @@ class Answer(NamedTuple):
     upper: jax.Array
 
 
+def _later(mdp: MDP, policy: jax.Array, collected: jax.Array) -> jax.Array:
+    """What is expected to be collected in a step, [S], as many steps later as there are states; at most 1,000."""
+    operator = PolicyOperator(mdp.transition, policy).fold()
+    return lax.fori_loop(0, min(mdp.num_states, LATER), lambda _, now: operator.apply(now), collected)
+
+
 def _iterate(solver, mdp, regularizer, bias):
     """Run `solver` from h[S] on one MDP: the gain, h of mean 0, the result code and the stats.
 
@@ -351,18 +361,25 @@ def _iterate(solver, mdp, regularizer, bias):
         excess = jnp.max(jnp.abs(gap - gain) / own.rounding(terms, own.expected()))
         lower, upper = jnp.min(gap) - noise, jnp.max(gap) + noise
         bound = half + noise
+
         # Any gain is between the least and the most that is collected in a step. A bias that drifts, as it does where
         # states have several gains, covers any difference by its rounding in the end: a gain is known to working
         # precision only where its bounds say much more than that.
-        low, high = min_max(sizes.collected)
-        trivial = (high - low) / 2
-        least = rounding.AT_WORKING_PRECISION * rounding_of(sup_norm(sizes.collected))
-        if to_working_precision:
-            asked = found.asked
-            accepted = (excess <= rounding.AT_WORKING_PRECISION) & (bound <= rounding.KNOWN * trivial + least)
-        else:
-            asked = jnp.minimum(wanted, trivial + least)
-            accepted = bound <= asked
+        def says_something(collected):
+            low, high = min_max(collected)
+            trivial = (high - low) / 2
+            least = rounding.AT_WORKING_PRECISION * rounding_of(sup_norm(collected))
+            return rounding.KNOWN * trivial + least if to_working_precision else jnp.minimum(wanted, trivial + least)
+
+        at_most = says_something(sizes.collected)
+        near = (
+            (excess <= rounding.AT_WORKING_PRECISION) & (bound <= at_most) if to_working_precision else bound <= at_most
+        )
+        # What is collected on the way to where the process stays is no part of a gain, however much it is.
+        lasting = only_if(near, lambda: _later(mdp, regularizer.policy(q), sizes.collected), sizes.collected)
+        at_most = says_something(lasting)
+        accepted = near & (bound <= at_most)
+        asked = found.asked if to_working_precision else at_most
         # h may be finite where q is not: an action that the regularizer never takes.
         known = jnp.isfinite(q) if mdp.available is None else jnp.isfinite(q) | ~mdp.available
         extra = jnp.maximum(noise - (seen - found.extra), 0)

@@ -1,6 +1,7 @@
 """Finite horizons: backward induction, and where a policy is at each time."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from bilevel_jax.bellman import action_values, check_compatible, read_policy, ro
 from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP
+from bilevel_jax.memory import require_room
 from bilevel_jax.regularizers import Regularizer, Unregularized
 from bilevel_jax.results import Outcome, Result
-from bilevel_jax.validation import as_float, as_size, is_known, require_finite, require_instance
+from bilevel_jax.validation import as_float, as_size, is_known, require_finite, require_instance, require_policy
 
 
 class FiniteHorizonSolution(eqx.Module):
@@ -76,6 +78,9 @@ def solve_finite_horizon(
     """
     require_instance("regularizer", regularizer, Regularizer)
     mdp, horizon, batch = _problem(mdp, horizon, time_varying, discount)
+    entries = math.prod(batch) * horizon * mdp.num_states * (2 * mdp.num_actions + 1)
+    what = f"the values, q and policies of {horizon} steps"
+    require_room("horizon", entries * mdp.reward.dtype.itemsize, what, "solve a shorter one, or use `solve`")
     check_compatible(mdp, regularizer)
     terminal = _terminal_value(terminal_value, mdp, batch)
     return _solve(mdp, regularizer, terminal, horizon=horizon, time_axes=int(time_varying))
@@ -108,6 +113,7 @@ def finite_horizon_occupancy(
     expected = (*batch, policy.shape[-3], mdp.num_states, mdp.num_actions)
     if policy.shape != expected:
         raise InputError(f"policy: expected shape {list(expected)}, got {list(policy.shape)}")
+    require_policy("policy", policy)
     if mdp.available is not None and is_known(policy, mdp.available):
         shared = mdp.available.ndim == 2 or time_varying
         mask = mdp.available if shared else mdp.available[..., None, :, :]

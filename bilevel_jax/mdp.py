@@ -17,6 +17,7 @@ from bilevel_jax.validation import (
     require_distribution,
     require_finite,
     require_fraction,
+    require_policy,
 )
 
 
@@ -296,7 +297,8 @@ class MDP(eqx.Module):
         return common.with_end_state(self, one_action)
 
     def require_available(self, policy: jax.Array) -> None:
-        """Raise InputError where a policy[S, A] that is known has probability on an action that is not available."""
+        """Raise InputError where a policy[S, A] that is known is none, or takes an action that is not available."""
+        require_policy("policy", policy)
         if self.available is None or not is_known(policy, self.available):
             return
         wrong = (np.asarray(policy) != 0) & ~np.asarray(self.available)

@@ -92,8 +92,12 @@ def check(report: R) -> R:
 
     Raises:
       ConvergenceError: names what failed, why, how many batch elements and the largest error bound.
-      InputError: if called on traced values.
+      InputError: no report, or one of traced values.
     """
+    if not callable(getattr(report, "outcomes", None)):
+        raise InputError(
+            f"check(report): expected what `solve`, `hypergradient` or an algorithm's step returns, got {report!r:.100}"
+        )
     for outcome in report.outcomes():
         if isinstance(outcome.result, Tracer):
             raise InputError(

@@ -248,6 +248,16 @@ def require_stopping(tolerance: Any, max_steps: Any) -> None:
     require_setting("max_steps", max_steps, 1, "1000 is usual", whole=True)
 
 
+def require_numbers(owner: str, **numbers: Any) -> None:
+    """Raise if one of an object's fields is not one number: fields have axes only outside vmap."""
+    for name, number in numbers.items():
+        shape = () if number is None else np.shape(number)
+        if shape:
+            raise InputError(
+                f"{owner}.{name}: expected one number, got shape {list(shape)}; for several, jax.vmap over the {owner}"
+            )
+
+
 def _in_reach(array: Any) -> bool:
     """Whether numpy can read the array where it lies."""
     if isinstance(array, np.ndarray):
@@ -348,6 +358,28 @@ def require_index(name: str, array: Any, size: int) -> None:
     if not inside.all():
         raise InputError(
             f"{name}{_first(~inside)} is {_entry(array, ~inside)}, out of range; give indices from 0 to {size - 1}"
+        )
+
+
+# Differences in a policy leave the simplex by less.
+OFF_THE_SIMPLEX = 0.1
+
+
+@_where_known
+def require_policy(name: str, policy: Any) -> None:
+    """Raise where a known policy[..., S, A] is no distribution by far: counts, logits, another order of the axes.
+
+    Differences of a function of the policy leave the simplex by a little; a tenth is more than they do.
+    """
+    wrong = policy < -OFF_THE_SIMPLEX
+    if wrong.any():
+        raise InputError(f"{name}{_first(wrong)} is {_entry(policy, wrong):g}: probabilities cannot be negative")
+    total = policy.sum(-1)
+    wrong = abs(total - 1) > OFF_THE_SIMPLEX
+    if wrong.any():
+        raise InputError(
+            f"{name}: the probabilities at {_first(wrong)} sum to {_entry(total, wrong):g}, not to 1; divide each row "
+            f"by its sum, the order is [state, action]"
         )
 
 

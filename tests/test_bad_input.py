@@ -144,6 +144,25 @@ BAD = {
     "negative terms": (lambda: bj.Neumann(-1), r"terms must be at least 0, got -1"),
     "no descent": (lambda: bj.Descent(steps=0), r"steps must be at least 1, got 0"),
     "policy's shape": (lambda: bj.policy_value(mdp(), EVEN[:, :2]), r"policy.*\[6, 2\]"),
+    "counts as a policy": (
+        lambda: bj.policy_value(mdp(), 9 * EVEN),
+        r"policy: the probabilities at \[0\] sum to 9, not",
+    ),
+    "logits as a policy": (lambda: bj.occupancy(mdp(), EVEN - 1), r"policy\[0, 0\] is -0\.\d+: probabilities cannot"),
+    "counts over time": (
+        lambda: bj.finite_horizon_occupancy(mdp(), np.stack([3 * EVEN] * 2)),
+        r"policy: the probabilities at \[0, 0\] sum to 3",
+    ),
+    "a horizon for no machine": (
+        lambda: bj.solve_finite_horizon(mdp(), ENTROPY, 2 * 10**9),
+        r"horizon: .* use `solve`",
+    ),
+    "several tolerances": (
+        lambda: solve(solver=bj.ValueIteration(tolerance=jnp.array([1e-3]))),
+        r"solver\.tolerance: expected one number, got shape \[1\]; for several, jax\.vmap",
+    ),
+    "several limits": (lambda: solve(solver=bj.Auto(max_steps=[5])), r"solver\.max_steps: expected one number"),
+    "no report": (lambda: bj.check(None), r"check\(report\): expected what `solve`, .* got None"),
     # another type
     "no MDP": (lambda: bj.solve(R, ENTROPY), r"mdp: expected MDP, got ndarray"),
     "no regularizer": (lambda: solve(0.5), r"regularizer: expected Regularizer, got float"),

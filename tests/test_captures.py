@@ -1,9 +1,10 @@
 """Editing what a problem's functions read changes the answer at the next call; what was not edited compiles nothing."""
 
+import array
 import functools
 import types
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -35,6 +36,14 @@ class Slotted:
 SETTINGS, SLOTTED = Settings(arrays={"a": np.ones(2)}), Slotted()
 
 
+class Priced:
+    rate = 2.0
+
+
+IN_SET = Priced()
+OBJECTS = {IN_SET}
+
+
 class Model:
     scale = 2.0
 
@@ -56,7 +65,25 @@ class Model:
         return self.pay(x)
 
 
-MODEL = Model()
+class Rates(dict):
+    scale = 2.0
+
+    def rate(self):
+        return self["a"] * self.scale
+
+
+class Pair(NamedTuple):
+    low: float
+    high: float
+
+    def sum(self):
+        return self.low + self.high
+
+
+PAIR_SUM = Pair.sum
+MODEL, RATES, PAIR, SHARED = Model(), Rates(a=2.0), Pair(1.0, 2.0), {"a": 1.0, "b": 2.0}
+NUMBERS, BYTES = array.array("d", [1.0, 2.0]), bytearray([1, 2])
+VIEW, MEMORY = SHARED.values(), memoryview(TABLE)
 
 
 class Tree(eqx.Module):
@@ -131,8 +158,8 @@ def set_global(name, value):
     return lambda: globals().__setitem__(name, value)
 
 
-def in_place(array, value):
-    return lambda: array.__setitem__(0, value)
+def in_place(numbers, value):
+    return lambda: numbers.__setitem__(0, value)
 
 
 class NewShape(Model):
@@ -191,6 +218,13 @@ EDITS = {
     "a module's own method": (Tree(jnp.asarray(2.0), helper), set_global("RATE", 8.0)),
     "the code": (lambda x: helper(x), lambda: setattr(helper, "__code__", (lambda x: x + 100).__code__)),
     "a name that was a builtin": (lambda x: x * max(1, 2), set_global("max", min)),
+    "an object in a set": (lambda x: x * sum(s.rate for s in OBJECTS), lambda: setattr(IN_SET, "rate", 9.0)),
+    "the class of a dictionary": (lambda x: x * RATES.rate(), lambda: setattr(Rates, "scale", 9.0)),
+    "the class of a named tuple": (lambda x: x * PAIR.sum(), lambda: setattr(Pair, "sum", lambda self: 8.0)),
+    "a dictionary's view": (lambda x: x * sum(VIEW), lambda: SHARED.update(a=9.0)),
+    "Python's array": (lambda x: x * NUMBERS[0], in_place(NUMBERS, 7.0)),
+    "bytes that are edited": (lambda x: x * float(BYTES[0]), in_place(BYTES, 7)),
+    "a memory view": (lambda x: x * MEMORY[0], in_place(TABLE, 7.0)),
 }
 ZERO, SHAPED, SET = 0.0, np.ones((3, 2)), {1, 2}
 
@@ -214,9 +248,10 @@ def _put_back():
     helper_now.__code__, Model.scale, Model.pay, MODEL.__class__ = code, scale, pay, Model
     for thing, before in state:
         vars(thing).update(before)
-    for array, before in arrays:
-        array.shape = before.shape
-        array[...] = before
+    for numbers, before in arrays:
+        numbers.shape = before.shape
+        numbers[...] = before
+    IN_SET.rate, Rates.scale, Pair.sum, NUMBERS[0], BYTES[0], SHARED["a"] = 2.0, 2.0, PAIR_SUM, 1.0, 1, 1.0
     NESTED["prices"][:] = [1.0, (2.0, {"deep": 3.0})]
     PARTIAL.keywords["settings"]["rate"] = 2.0
     SET.discard(3)

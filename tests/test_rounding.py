@@ -512,3 +512,25 @@ def test_a_tolerance_above_all_that_there_is(dtype, tolerance):
         solution = bj.check(bj.solve(mdp, NONE, solver=solver))
         error = abs(float(solution.value[0]) - float(exact(mdp)[0]))
         assert error <= float(solution.stats.error_bound) <= min(tolerance, 1.001 * 0.1 * 2**14)
+
+
+@pytest.mark.parametrize("cost", [1e2, 1e6, 1e9])
+def test_what_is_collected_once_is_no_part_of_a_gain(cost):
+    p = chain((1,), (0,), (0,))  # a ring of two, and a state that is left for ever
+    reward = np.array([[0], [1], [-cost]], np.float32)
+    solution = bj.solve_average_reward(bj.MDP(p.astype(np.float32), reward, np.float32(0.5)), NONE)
+    assert abs(float(solution.gain) - 0.5) <= float(solution.stats.error_bound)
+    if int(solution.result) == bj.Result.CONVERGED:
+        assert float(solution.stats.error_bound) < 0.01
+    else:
+        assert cost > 1e2
+
+
+@pytest.mark.parametrize("cost", [1e3, 1e7])
+def test_two_gains_behind_a_state_that_is_left(cost):
+    p = np.zeros((3, 1, 3), np.float32)
+    p[0, 0, 0] = p[1, 0, 1] = 1
+    p[2, 0, :2] = 0.5
+    mdp = bj.MDP(p, np.array([[0], [1], [-cost]], np.float32), np.float32(0.5))
+    for solver in (None, bj.RelativeValueIteration()):
+        assert int(bj.solve_average_reward(mdp, NONE, solver=solver).result) != bj.Result.CONVERGED

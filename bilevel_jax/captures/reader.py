@@ -1,5 +1,6 @@
 """One pass over everything that functions read, all the way down."""
 
+import array
 import functools
 import hashlib
 import os
@@ -8,7 +9,7 @@ import sysconfig
 import types
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from typing import Any
 
 import jax
@@ -127,28 +128,27 @@ class Reading:
     def _code(self, code: types.CodeType) -> None:
         self._say(code)
 
-    def _array(self, array: Any) -> None:
-        self._say(type(array), array.dtype.str, array.shape)
-        if array.dtype.hasobject:
+    def _array(self, numbers: Any) -> None:
+        self._say(type(numbers), numbers.dtype.str, numbers.shape)
+        if numbers.dtype.hasobject:
             self.again = True
-            self._push(array.reshape(-1).tolist())
+            self._push(numbers.reshape(-1).tolist())
             return
-        numbers = array.tobytes()
-        self._say(_digest(numbers))
-        if isinstance(array, np.ndarray):
-            self.arrays.append((array, array.copy()))
+        self._say(_digest(numbers.tobytes()))
+        if isinstance(numbers, np.ndarray):
+            self.arrays.append((numbers, numbers.copy()))
 
-    def _jax_array(self, array: Any) -> None:
+    def _jax_array(self, numbers: Any) -> None:
         if (
-            jax.numpy.issubdtype(array.dtype, jax.dtypes.extended)
-            or array.is_deleted()
-            or array.nbytes > LARGE
-            or not array.is_fully_addressable
+            jax.numpy.issubdtype(numbers.dtype, jax.dtypes.extended)
+            or numbers.is_deleted()
+            or numbers.nbytes > LARGE
+            or not numbers.is_fully_addressable
         ):
-            self._say(Same(array))
+            self._say(Same(numbers))
             return
-        numbers = np.asarray(array)
-        self._say("jax", numbers.dtype.name, array.weak_type, numbers.shape, _digest(numbers.tobytes()))
+        read = np.asarray(numbers)
+        self._say("jax", read.dtype.name, numbers.weak_type, read.shape, _digest(read.tobytes()))
 
     def _function(self, function: types.FunctionType) -> None:
         code = function.__code__
@@ -243,26 +243,36 @@ class Reading:
 
     def _tuple(self, entries: tuple) -> None:
         self._say(Same(type(entries)))
-        self._push(entries)
+        self._push([*_own_class(entries), *entries])
 
     def _list(self, entries: list | deque) -> None:
         self._say(type(entries).__name__)
         self.sizes.add(entries, None, len(entries))
         for index, entry in enumerate(entries):
             self.items.add(entries, index, entry)
-        self._push(entries)
+        self._push([*_own_class(entries), *entries])
 
     def _dict(self, entries: Any) -> None:
         self._say(type(entries).__name__)
         self.sizes.add(entries, None, len(entries))
         for key, value in entries.items():
             self.items.add(entries, key, value)
-        self._push(part for pair in entries.items() for part in pair)
+        self._push([*_own_class(entries), *(part for pair in entries.items() for part in pair)])
 
     def _set(self, entries: set | frozenset) -> None:
         self._say(frozenset(entries))
         if isinstance(entries, set):
             self.sets.append((entries, frozenset(entries)))
+        self._push([*_own_class(entries), *(entry for entry in entries if type(entry) not in PLAIN)])
+
+    def _buffer(self, buffer: Any) -> None:
+        """Numbers that are edited in place, without a copy to compare with: looked at in each call."""
+        self.again = True
+        self._say(type(buffer).__name__, _digest(buffer.tobytes() if hasattr(buffer, "tobytes") else bytes(buffer)))
+
+    def _view(self, view: Any) -> None:
+        self.again = True
+        self._push(view)
 
     def _object(self, thing: Any) -> None:
         """Its attributes; for other libraries' objects that can be read as arrays, their numbers."""
@@ -302,7 +312,15 @@ VISITS: tuple = (
     ((list, deque), Reading._list),
     ((dict, types.MappingProxyType), Reading._dict),
     ((set, frozenset), Reading._set),
+    ((array.array, bytearray, memoryview), Reading._buffer),
+    ((KeysView, ValuesView, ItemsView), Reading._view),
 )
+
+
+def _own_class(entries: Any) -> list[type]:
+    """The class of a container, where it is the user's: its methods read more than the entries."""
+    cls = type(entries)
+    return [] if is_library_class(cls) else [cls]
 
 
 def _digest(numbers: bytes) -> bytes:

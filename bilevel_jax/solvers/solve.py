@@ -15,7 +15,7 @@ from bilevel_jax.results import Outcome, Result
 from bilevel_jax.solvers.auto import Auto
 from bilevel_jax.solvers.evaluation import improve, policy_operator
 from bilevel_jax.solvers.loop import Solver, SolveStats, iterate
-from bilevel_jax.validation import as_float, require_instance
+from bilevel_jax.validation import as_float, require_instance, require_numbers
 
 
 class Solution(eqx.Module):
@@ -68,6 +68,8 @@ def solve(
     require_instance("regularizer", regularizer, Regularizer)
     require_instance("solver", solver, Solver | None)
     require_instance("adjoint", adjoint, LinearSolver | None)
+    if solver is not None:
+        require_numbers("solver", tolerance=solver.tolerance, max_steps=solver.max_steps)
     if mdp.available is not None:  # values count there; shapes are looked at once a compilation, in `_solve`
         check_compatible(mdp, regularizer)
     if initial_value is not None:

@@ -91,7 +91,7 @@ def of_sweep(terms: int, expected: jax.Array, q: jax.Array, spread: jax.Array) -
       spread: |T V - max Q|.
     """
     u = unit_roundoff(q.dtype)
-    return u * ((2 + math.sqrt(terms)) * expected + q + 4 * spread) + underflow(terms, q.dtype)
+    return u * ((2 + math.sqrt(terms)) * expected + q + 8 * spread) + underflow(terms, q.dtype)
 
 
 def of_policy(temperature: jax.Array, dtype: Any) -> jax.Array:
@@ -131,4 +131,4 @@ def of_gradient(value: jax.Array, temperature: jax.Array | None, modulus: jax.Ar
     logits = jnp.zeros((), value.dtype)
     if temperature is not None:
         logits = jnp.max(jnp.abs(value)) / jnp.min(temperature).astype(value.dtype)
-    return 4 * unit_roundoff(value.dtype) * (logits + 1 / (1 - jnp.max(modulus)))
+    return 2 * unit_roundoff(value.dtype) * (logits + 2 / (1 - jnp.max(modulus)))

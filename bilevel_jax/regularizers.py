@@ -108,7 +108,7 @@ class ShannonEntropy(Regularizer):
         """<pi, Q - max Q> - (Omega* - max Q), which needs no other logarithm than Omega* does."""
         scaled, weight, excess = self._weights(q)
         temperature = jnp.asarray(self.temperature, q.dtype)
-        return temperature * (sum_last(weight * scaled) / (1 + excess) - jnp.log1p(excess))
+        return temperature * (sum_last(jnp.where(weight > 0, weight * scaled, 0)) / (1 + excess) - jnp.log1p(excess))
 
     def _weights(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(Q - max Q) / temperature, its exponential, [S, A], and their sum without the best one's 1, [S].
@@ -204,7 +204,8 @@ class KLDivergence(Regularizer):
     def penalty_at(self, q):
         """<pi, Q - max Q> - (Omega* - max Q): no summand has the temperature's size where pi is near the reference."""
         scaled, temperature, _ = self._scaled(q)
-        return temperature * sum_last(self.policy(q) * scaled) - self._excess(q)
+        policy = self.policy(q)
+        return temperature * sum_last(jnp.where(policy > 0, policy * scaled, 0)) - self._excess(q)
 
     def event_ndim(self):
         own = min(self.reference.ndim, 2)

@@ -114,7 +114,7 @@ def in_rounds(
         else:
             burst, until, stale = now.burst, now.until, now.stale
             # Where this look asks for less than the last one did, another look at the same V may find that.
-            stuck = ~going(walk, found) & (found.asked >= now.found.asked)
+            stuck = ~going(walk, found) & ~(found.asked < now.found.asked)  # NaN, too
         done = found.accepted | ~found.finite | stuck | (walk.steps >= max_steps)
         found = found._replace(limited=found.limited | stuck)
         return Round(walk, found, burst, until, jnp.minimum(found.excess, now.excess), stale, done)

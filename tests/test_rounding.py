@@ -534,3 +534,19 @@ def test_two_gains_behind_a_state_that_is_left(cost):
     mdp = bj.MDP(p, np.array([[0], [1], [-cost]], np.float32), np.float32(0.5))
     for solver in (None, bj.RelativeValueIteration()):
         assert int(bj.solve_average_reward(mdp, NONE, solver=solver).result) != bj.Result.CONVERGED
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_differences_beyond_what_the_temperature_can_divide(dtype, tolerance):
+    """(Q - max Q) / temperature is minus infinity: the action has no weight, and nothing is NaN or goes on for ever."""
+    tiny = float(np.finfo(dtype).tiny)
+    mdp = bj.MDP(np.full((2, 2, 2), 0.5, dtype), np.array([[1e4, -1e5], [2e4, 1e-3]], dtype), dtype(0.5))
+    reference = np.array([0.25, 0.75], dtype)
+    for regularizer in (bj.ShannonEntropy(10 * tiny), bj.KLDivergence(10 * tiny, reference), NONE):
+        assert np.isfinite(regularizer.penalty_at(jnp.asarray(mdp.reward))).all()
+        solver = bj.Auto(None if tolerance is None else tolerance * 1e5, max_steps=500)
+        solution = bj.check(bj.solve(mdp, regularizer, solver=solver))
+        assert int(solution.stats.steps) < 50
+        error = np.abs(np.asarray(solution.value) - exact(mdp).astype(float)).max()
+        assert error <= float(solution.stats.error_bound)

@@ -173,7 +173,8 @@ def iterate(
 
     def step(walk: Walk, found: Found, unseen) -> Walk:
         seen, _, _ = look(walk, found)
-        needed = jnp.maximum(found.asked - seen.rounding, reached * seen.rounding)
+        # What a step is asked for must be above rounding: within it, products would go on for ever.
+        needed = jnp.maximum(found.asked - seen.rounding, rounding.REACHED * seen.rounding)
         # Unseen steps are for states whose share of the bracket is too small to be seen: no step may be saved on.
         half_width = jnp.where(unseen, jnp.inf, seen.half_width)
         swept = Swept(walk.value, walk.backup, walk.kept, half_width, needed)

@@ -63,9 +63,6 @@ FLOATS = {
     "initial_value": ((2,), lambda v: bj.solve(mdp(), U, solver=ONE_SWEEP, initial_value=v).q),
     "initial_bias": ((2,), lambda v: bj.solve_average_reward(mdp(), U, initial_bias=v).bias),
     "terminal_value": ((2,), lambda v: bj.solve_finite_horizon(mdp(), U, 1, terminal_value=v).value),
-    "policy": ((2, 2), lambda v: bj.policy_value(mdp(0), v)),
-    "policy over time": ((1, 2, 2), lambda v: bj.finite_horizon_occupancy(mdp(), v)),
-    "occupancy's policy": ((2, 2), lambda v: bj.occupancy(mdp(0), v)),
     "Table": ((2, 2), lambda v: bj.Table(v).values),
     "features": ((2, 2), lambda v: bj.Linear(v, np.ones((2, 2))).features),
     "weights": ((2, 2), lambda v: bj.Linear(np.ones((2, 2)), v).weights),
@@ -621,3 +618,14 @@ def test_axes_of_slots_and_references_in_another_order_are_told():
         bj.KLDivergence(1, [[0.9, 0.2], [0.1, 0.8]])
     with pytest.raises(bj.InputError, match=r"sum to 1\.1, not 1 .*divide each row by its sum"):
         bj.KLDivergence(1, [[0.9, 0.2], [0.3, 0.8]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, np.int64, np.uint64, object])
+def test_policies_of_other_types(dtype):
+    """Policies are known to be distributions, so that they have no large numbers: all of it on one action."""
+    even = np.array([[1, 0], [0, 1]])
+    policy = jnp.asarray(even, dtype) if dtype in (jnp.float16, jnp.bfloat16) else even.astype(dtype)
+    for function in (bj.policy_value, bj.occupancy):
+        np.testing.assert_array_equal(function(mdp(0), policy), function(mdp(0), even.astype(float)))
+    over_time = bj.finite_horizon_occupancy(mdp(), policy[None])
+    np.testing.assert_array_equal(over_time, bj.finite_horizon_occupancy(mdp(), even[None].astype(float)))

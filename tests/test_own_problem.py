@@ -15,7 +15,7 @@ from bilevel_jax.runner.config import load
 
 PAGE = Path(__file__).parents[1] / "docs" / "problems.md"
 TEXT = PAGE.read_text()
-OWN = TEXT[TEXT.index("## Your own problem") :]
+MAP, OWN = TEXT.split("## Your own problem")
 CODE = re.findall(r"```python\n(.*?)```", OWN, re.DOTALL)
 YAML = re.findall(r"```yaml\n(.*?)```", OWN, re.DOTALL)
 
@@ -88,7 +88,7 @@ def test_page_is_complete():
 
 
 def test_map_of_the_page(folder):
-    (folder / "map.yaml").write_text(YAML[0])
+    (folder / "map.yaml").write_text(re.findall(r"```yaml\n(.*?)```", MAP, re.DOTALL)[0])
     section = load(folder / "map.yaml").values["problem"]
     problem = bj.problems.make(**section)
     assert (problem.grid.walls == (np.array([list(row) for row in section["rows"]]) == "x")).all()

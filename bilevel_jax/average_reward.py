@@ -372,9 +372,9 @@ def _iterate(solver, mdp, regularizer, bias):
             return rounding.KNOWN * trivial + least if to_working_precision else jnp.minimum(wanted, trivial + least)
 
         at_most = says_something(sizes.collected)
-        near = (
-            (excess <= rounding.AT_WORKING_PRECISION) & (bound <= at_most) if to_working_precision else bound <= at_most
-        )
+        near = bound <= at_most
+        if to_working_precision:
+            near &= excess <= rounding.AT_WORKING_PRECISION
         # What is collected on the way to where the process stays is no part of a gain, however much it is.
         lasting = only_if(near, lambda: _later(mdp, regularizer.policy(q), sizes.collected), sizes.collected)
         at_most = says_something(lasting)

@@ -19,8 +19,8 @@ def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = Non
     not known (under jit) has probability on an action that is not available.
 
     Raises:
-      InputError: the policy's shape is not that of the reward, it has probability on an action that is
-        not available, or an argument of another type.
+      InputError: the policy's shape is not that of the reward, it is known and no distribution by far, it has
+        probability on an action that is not available, or an argument of another type.
     """
     require_instance("mdp", mdp, MDP)
     require_instance("adjoint", adjoint, LinearSolver | None)

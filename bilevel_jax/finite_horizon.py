@@ -104,7 +104,7 @@ def finite_horizon_occupancy(
       time_varying, discount: as in `solve_finite_horizon`.
 
     Raises:
-      InputError: as `solve_finite_horizon`, or a policy of another shape.
+      InputError: as `solve_finite_horizon`, a policy of another shape, or one that is known and no distribution by far.
     """
     policy = as_float("policy", policy, getattr(getattr(mdp, "reward", None), "dtype", None))
     if policy.ndim < 3 or policy.shape[-3] == 0:
@@ -229,9 +229,8 @@ def _solve_one(mdp, regularizer, terminal, *, horizon, time_axes):
     value = jnp.concatenate([values, terminal[None]])
     actions = jnp.where(True if mdp.available is None else mdp.available, q, 0)
     finite = jnp.all(jnp.isfinite(value)) & jnp.all(jnp.isfinite(actions))
-    told = jnp.where(
-        jnp.all(bounds.error <= rounding.SAYS_SOMETHING * bounds.implied), Result.CONVERGED, Result.PRECISION_LIMIT
-    )
+    says_something = jnp.all(bounds.error <= rounding.SAYS_SOMETHING * bounds.implied)
+    told = jnp.where(says_something, Result.CONVERGED, Result.PRECISION_LIMIT)
     result = jnp.where(finite, told, Result.NOT_FINITE).astype(jnp.int32)
     return FiniteHorizonSolution(value, q, policy, result, jnp.max(bounds.error))
 

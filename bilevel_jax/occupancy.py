@@ -32,7 +32,7 @@ def occupancy(
     that is not available.
 
     Args:
-      policy: [S, A], with the MDP's batch axes. Its rows are not checked to sum to 1, so that derivatives
+      policy: [S, A], with the MDP's batch axes. Rows may be off the simplex by a tenth, so that differences
         in any direction make sense.
       normalized: divide d by its sum, so that it is a distribution. With one discount this is the usual
         factor 1 - discount; with one a pair (0 where the process ends) no such factor exists, and it is the
@@ -40,8 +40,8 @@ def occupancy(
       adjoint: the linear solver; None chooses by the number of states.
 
     Raises:
-      InputError: the policy's shape is not that of the reward, it has probability on an action that is
-        not available, or an argument of another type.
+      InputError: the policy's shape is not that of the reward, it is known and no distribution by far, it has
+        probability on an action that is not available, or an argument of another type.
     """
     require_instance("normalized", normalized, bool)
     visits = _occupancy(*_checked(mdp, policy, adjoint), adjoint=adjoint)

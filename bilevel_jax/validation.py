@@ -361,16 +361,13 @@ def require_index(name: str, array: Any, size: int) -> None:
         )
 
 
-# Differences in a policy leave the simplex by less.
+# Differences of functions of a policy are taken at points that are off the simplex by less.
 OFF_THE_SIMPLEX = 0.1
 
 
 @_where_known
 def require_policy(name: str, policy: Any) -> None:
-    """Raise where a known policy[..., S, A] is no distribution by far: counts, logits, another order of the axes.
-
-    Differences of a function of the policy leave the simplex by a little; a tenth is more than they do.
-    """
+    """Raise where a known policy[..., S, A] is no distribution by far: counts, logits, another order of the axes."""
     wrong = policy < -OFF_THE_SIMPLEX
     if wrong.any():
         raise InputError(f"{name}{_first(wrong)} is {_entry(policy, wrong):g}: probabilities cannot be negative")

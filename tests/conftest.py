@@ -61,6 +61,7 @@ NUMERICAL = {
     "test_rounding",
     "test_solve",
     "test_solvers",
+    "test_told",
 }
 
 

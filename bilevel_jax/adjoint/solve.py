@@ -86,10 +86,9 @@ def _linear_solve(solver, operator, modulus, rhs, guess, *, transpose, share, po
 def _solve_once(solver, prepared, operator, modulus, rhs, guess, transpose, poison):
     attempt = solver.solve(operator, prepared, rhs, guess, transpose)
     # Rows of P sum to 1 up to what is accepted of them: M's own say how far a residual reaches.
-    rows = jnp.max(jnp.abs(operator.apply(jnp.ones_like(rhs)))) * (
-        1 + rounding.of_row_sums(_terms(operator), rhs.dtype)
-    )
-    stats = _stats(solver, operator.T if transpose else operator, jnp.maximum(modulus, rows), attempt, rhs, transpose)
+    rows = jnp.max(jnp.abs(operator.apply(jnp.ones_like(rhs))))
+    modulus = jnp.maximum(modulus, rows * (1 + rounding.of_row_sums(_terms(operator), rhs.dtype)))
+    stats = _stats(solver, operator.T if transpose else operator, modulus, attempt, rhs, transpose)
     x = jnp.where(stats.result == Result.CONVERGED, attempt.x, jnp.nan) if poison else attempt.x
     return x, stats
 

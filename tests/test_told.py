@@ -1,0 +1,141 @@
+"""Right, or told: what a search over hard problems and readers found called CONVERGED, or called what it was not."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rounding_helpers import chain, exact
+
+import bilevel_jax as bj
+from bilevel_jax import rounding
+from bilevel_jax.adjoint import linear_solve
+from bilevel_jax.bellman import discounted_operator
+
+DTYPES = [np.float32, np.float64]
+NONE = bj.Unregularized()
+
+
+def apart(states=2, batch=()):
+    """States that stay where they are; the first one collects 10^14 a step at discount 0.5, the others 1 at 0.99."""
+    p = np.eye(states)[:, None]
+    reward, discount = np.ones((states, 1)), np.full((states, 1), 0.99)
+    reward[0], discount[0] = 1e14, 0.5
+    return bj.MDP(p, np.broadcast_to(reward, (*batch, states, 1)), discount)
+
+
+def test_a_limit_of_steps_is_told_as_one():
+    for steps, code in ((100, bj.Result.MAX_STEPS), (10_000, bj.Result.CONVERGED)):
+        solution = bj.solve(apart(), NONE, solver=bj.ValueIteration(max_steps=steps))
+        assert int(solution.result) == code
+        assert abs(float(solution.value[1]) - 100) <= float(solution.stats.error_bound)
+    np.testing.assert_allclose(solution.value[1], 100, rtol=1e-10)
+
+
+@pytest.mark.parametrize("batch", [(), (16,)])
+def test_what_sweeps_of_a_batch_leave_is_gone_on_with(batch):
+    solution = bj.check(bj.solve(apart(66, batch), NONE))
+    np.testing.assert_allclose(np.asarray(solution.value)[..., 1:], 100, rtol=1e-10)
+
+
+@pytest.mark.parametrize("tolerance", [1e7, 1e3, 1e-3])
+@pytest.mark.parametrize("centred", [True, False])
+def test_a_policy_on_the_way_that_collects_nothing(tolerance, centred):
+    p = np.array([[[1.0, 0], [0, 1]], [[0.1, 0.9], [0.1, 0.9]]])
+    mdp = bj.MDP(p, np.array([[0.0, 1], [0, 0]]), 0.9)
+    solver = bj.ValueIteration(tolerance=tolerance, centred=centred)
+    solution = bj.check(bj.solve(mdp, NONE, solver=solver, initial_value=np.array([0.0, -1e5])))
+    error = np.abs(np.asarray(solution.value) - exact(mdp).astype(float)).max()
+    assert error <= float(solution.stats.error_bound) <= tolerance
+
+
+def test_rows_that_sum_to_more_than_one():
+    p, discount = np.full((2, 1, 2), 0.5 * (1 + 4e-9)), 1 - 1e-8
+    mdp = bj.MDP(p, np.ones((2, 1)), discount)
+    operator = discounted_operator(mdp, jnp.ones((2, 1)))
+    x, stats = linear_solve(bj.Neumann(10), operator, mdp.modulus, jnp.ones(2))
+    right = 1 / (1 - discount * (1 + 4e-9))
+    assert abs(float(x[0]) - right) <= float(stats.error_bound) < 1.1 * right
+    last = bj.solve(mdp, NONE, solver=bj.ValueIteration(1e8, centred=False))
+    assert np.abs(np.asarray(last.value) - right).max() <= float(last.stats.error_bound)
+    horizon = bj.solve_finite_horizon(mdp, NONE, 10)
+    assert float(np.max(horizon.error_bound)) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_high_temperatures_keep_the_digits_of_small_rewards(dtype):
+    q = np.array([[1e-3, -2e-3, 5e-4]], dtype)
+    for temperature in (1e3, 1e6):
+        tsallis, kl = bj.TsallisEntropy(temperature), bj.KLDivergence(temperature, np.array([0.2, 0.3, 0.5], dtype))
+        wide = q.astype(np.longdouble)[0]
+        policy = (wide - wide.mean()) / temperature + np.longdouble(1) / 3
+        right = policy @ wide + temperature / 2 * (1 - policy @ policy)
+        np.testing.assert_allclose(
+            float(tsallis.conjugate(jnp.asarray(q))[0]), float(right), rtol=4 * np.finfo(dtype).eps
+        )
+        share = np.array([0.2, 0.3, 0.5], np.longdouble)
+        weight = share * np.exp(wide / temperature)
+        right = temperature * np.log1p((share * np.expm1(wide / temperature)).sum())
+        scale = np.abs(q).max() * np.finfo(dtype).eps
+        np.testing.assert_allclose(float(kl.conjugate(jnp.asarray(q))[0]), float(right), atol=8 * scale)
+        right = weight @ wide / weight.sum() - right  # Omega = <pi, Q> - Omega*
+        np.testing.assert_allclose(float(kl.penalty_at(jnp.asarray(q))[0]), float(right), atol=8 * scale)
+
+
+def test_working_precision_near_discount_one():
+    assert float(rounding.working_precision(jnp.asarray(0.9), np.float64)) == rounding.AT_WORKING_PRECISION
+    near = rounding.working_precision(jnp.asarray(1 - 1e-6, np.float32), np.float32)
+    assert float(near) == rounding.LEAST_WORKING_PRECISION
+    # A state that collects next to nothing beside one that collects much, from a start that is far off.
+    mdp = bj.MDP(np.eye(2, dtype=np.float32)[:, None], np.array([[1e5], [1e-10]], np.float32), np.float32(1 - 1e-6))
+    start = np.array([7e4, -9e4], np.float32)
+    solution = bj.solve(mdp, NONE, solver=bj.PolicyIteration(), initial_value=start)
+    if int(solution.result) == bj.Result.CONVERGED:
+        assert abs(float(solution.value[1])) < 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tolerance", [10.0, 1e3, 1e6])
+def test_a_tolerance_above_all_that_there_is(dtype, tolerance):
+    """The bound says something nevertheless: the middle of the bracket is added where the value is far below it."""
+    mdp = bj.MDP(np.ones((1, 1, 1), dtype), np.full((1, 1), 0.1, dtype), dtype(1 - 2**-14))
+    for solver in (bj.Auto(tolerance), bj.ValueIteration(tolerance), bj.NewtonKrylov(tolerance)):
+        solution = bj.check(bj.solve(mdp, NONE, solver=solver))
+        error = abs(float(solution.value[0]) - float(exact(mdp)[0]))
+        assert error <= float(solution.stats.error_bound) <= min(tolerance, 1.001 * 0.1 * 2**14)
+
+
+@pytest.mark.parametrize("cost", [1e2, 1e6, 1e9])
+def test_what_is_collected_once_is_no_part_of_a_gain(cost):
+    p = chain((1,), (0,), (0,))  # a ring of two, and a state that is left for ever
+    reward = np.array([[0], [1], [-cost]], np.float32)
+    solution = bj.solve_average_reward(bj.MDP(p.astype(np.float32), reward, np.float32(0.5)), NONE)
+    assert abs(float(solution.gain) - 0.5) <= float(solution.stats.error_bound)
+    if int(solution.result) == bj.Result.CONVERGED:
+        assert float(solution.stats.error_bound) < 0.01
+    else:
+        assert cost > 1e2
+
+
+@pytest.mark.parametrize("cost", [1e3, 1e7])
+def test_two_gains_behind_a_state_that_is_left(cost):
+    p = np.zeros((3, 1, 3), np.float32)
+    p[0, 0, 0] = p[1, 0, 1] = 1
+    p[2, 0, :2] = 0.5
+    mdp = bj.MDP(p, np.array([[0], [1], [-cost]], np.float32), np.float32(0.5))
+    for solver in (None, bj.RelativeValueIteration()):
+        assert int(bj.solve_average_reward(mdp, NONE, solver=solver).result) != bj.Result.CONVERGED
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tolerance", [None, 1e-3])
+def test_differences_beyond_what_the_temperature_can_divide(dtype, tolerance):
+    """(Q - max Q) / temperature is minus infinity: the action has no weight, and nothing is NaN or goes on for ever."""
+    tiny = float(np.finfo(dtype).tiny)
+    mdp = bj.MDP(np.full((2, 2, 2), 0.5, dtype), np.array([[1e4, -1e5], [2e4, 1e-3]], dtype), dtype(0.5))
+    reference = np.array([0.25, 0.75], dtype)
+    for regularizer in (bj.ShannonEntropy(10 * tiny), bj.KLDivergence(10 * tiny, reference), NONE):
+        assert np.isfinite(regularizer.penalty_at(jnp.asarray(mdp.reward))).all()
+        solver = bj.Auto(None if tolerance is None else tolerance * 1e5, max_steps=500)
+        solution = bj.check(bj.solve(mdp, regularizer, solver=solver))
+        assert int(solution.stats.steps) < 50
+        error = np.abs(np.asarray(solution.value) - exact(mdp).astype(float)).max()
+        assert error <= float(solution.stats.error_bound)

@@ -120,7 +120,13 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: jax.Array, q: jax.Array,
 
 def rounding_of(mdp: MDP, sizes: Sizes, value: jax.Array, most: jax.Array) -> jax.Array:
     """The largest rounding of the sweep at V[S] that has these sizes; `most` is the largest expected discount."""
-    size, q, spread = largest(jnp.abs(value), sizes.q, sizes.spread)
+    return largest_rounding(mdp, sizes, most, *largest(jnp.abs(value), sizes.q, sizes.spread))
+
+
+def largest_rounding(
+    mdp: MDP, sizes: Sizes, most: jax.Array, size: jax.Array, q: jax.Array, spread: jax.Array
+) -> jax.Array:
+    """`rounding_of`, given the largest |V|, `sizes.q` and `sizes.spread`."""
     noise = rounding.of_sweep(mdp.transition.terms, most * size, q, spread) + sizes.lost
     # Where there is nothing at all, nothing is rounded.
     return jnp.where(sizes.empty & (size == 0) & (spread == 0), 0, noise)

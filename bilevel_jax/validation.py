@@ -196,12 +196,17 @@ def _moved(array: Any, dtype: np.dtype) -> jax.Array:
 
 def require_instance(name: str, value: Any, kind: Any, *, any_floats: bool = False) -> None:
     """Raise if `value` is no instance of `kind`, a class or a union such as `Solver | None`, or not computable."""
+    require_kind(name, value, kind)
+    require_computable(name, value, any_floats=any_floats)
+
+
+def require_kind(name: str, value: Any, kind: Any) -> None:
+    """Raise if `value` is no instance of `kind`. Functions that are called often ask the rest once a compilation."""
     is_class = isinstance(value, type)
     if is_class or not isinstance(value, kind):
         wanted = " or ".join("None" if k is NoneType else k.__name__ for k in get_args(kind) or (kind,))
         got = f"the class {value.__name__} itself; make one of it" if is_class else type(value).__name__
         raise InputError(f"{name}: expected {wanted}, got {got}")
-    require_computable(name, value, any_floats=any_floats)
 
 
 def require_computable(name: str, tree: Any, *, any_floats: bool = False) -> None:

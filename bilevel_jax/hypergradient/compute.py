@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient.implicit import Implicit
-from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem
+from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem_kind
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
-from bilevel_jax.validation import as_float, require_instance
+from bilevel_jax.validation import as_float, require_computable, require_kind
 
 
 def hypergradient(
@@ -42,9 +42,9 @@ def hypergradient(
       InputError: x has leaves that are not floating point, the objective is not a scalar, a warm start
         has another shape, or an argument another type.
     """
-    require_problem(problem)
-    require_instance("method", method, Method | None)
-    require_instance("with_error", with_error, bool)
+    require_problem_kind(problem)
+    require_kind("method", method, Method | None)
+    require_kind("with_error", with_error, bool)
     starts = {"initial_value": initial_value, "initial_adjoint": initial_adjoint}
     starts = {name: as_float(name, start) for name, start in starts.items() if start is not None}
     if list(starts) == ["initial_value"]:  # zeros is where an adjoint starts: one program for both warm starts
@@ -55,5 +55,7 @@ def hypergradient(
 
 @functools.partial(jit, static_argnames="with_error")
 def _hypergradient(problem, x, method, initial_value=None, initial_adjoint=None, *, with_error):
+    require_computable("problem", problem, any_floats=True)
+    require_computable("method", method)
     method = Implicit() if method is None else method
     return method.estimate(problem, x, initial_value, initial_adjoint, with_error)

@@ -15,7 +15,7 @@ from bilevel_jax.functions import as_pytree
 from bilevel_jax.mdp import MDP
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.solvers import Solution
-from bilevel_jax.validation import as_array, require_computable, require_instance
+from bilevel_jax.validation import as_array, require_computable, require_kind
 
 
 @runtime_checkable
@@ -85,7 +85,13 @@ class _Constant(eqx.Module):
 
 def require_problem(problem: Any) -> None:
     """Raise InputError if the argument is no `Problem`, or one that jit cannot take."""
-    require_instance("problem", problem, Problem, any_floats=True)  # what is in it is the user's own
+    require_problem_kind(problem)
+    require_computable("problem", problem, any_floats=True)  # what is in it is the user's own
+
+
+def require_problem_kind(problem: Any) -> None:
+    """Raise InputError if the argument is no `Problem`, or no pytree."""
+    require_kind("problem", problem, Problem)
     if jax.tree_util.all_leaves([problem]):
         raise InputError(
             f"problem: {type(problem).__name__} is no pytree; make it an equinox.Module, or use a "

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevel_jax import rounding
-from bilevel_jax.bellman import action_values, rounding_of, sizes_of
+from bilevel_jax.bellman import action_values, largest_rounding, sizes_of
 from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import largest, min_max
+from bilevel_jax.reductions import largest
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.rounds import only_if
 
@@ -121,7 +121,7 @@ class Certificate(NamedTuple):
     `residual` |T V - V|_inf. `error_bound` on |V - V*|_inf. `suboptimality` bounds max_s V*[s] - V^pi[s] for the
     policy pi at V. `noise`, the largest rounding of the sweep. `implied`: the most that the policy collects in a step,
     over 1 - discount, which bounds |V^pi|. `excess`, the largest |T V - V| of a state in units of the rounding of its
-    own equation.
+    own equation; inf where that was not asked for.
     """
 
     residual: jax.Array
@@ -139,26 +139,30 @@ def certify(
     value: jax.Array,
     q: jax.Array,
     backup: jax.Array,
-    by_state: jax.Array,
-) -> tuple[Certificate, jax.Array]:
+    by_state: jax.Array | None,
+) -> tuple[Certificate, jax.Array | None]:
     """The certificate of V[S], given Q[S, A] and T V [S] at it; and the least rounding of each state's equation, [S].
 
     T_pi V = T V for the policy pi at V, so that the bracket that V and T V prove holds V^pi as well as V*.
     `by_state`, a bool: whether to compute E|V|, a product, where the bound on `excess` without it is above the
-    threshold.
+    threshold. None leaves `excess`, and that rounding, out.
     """
     terms = mdp.transition.terms
     gap = backup - value
     sizes = sizes_of(mdp, regularizer, value, q, backup)
-    noise = rounding_of(mdp, sizes, value, discounts.most)
+    parts = (jnp.abs(value), sizes.q, sizes.spread, jnp.abs(sizes.collected), gap, -gap)
+    if by_state is None:
+        least, exact = None, jnp.full_like(discounts.most, jnp.inf)
+        *three, most, high, low = largest(*parts)
+    else:
+        # |E V| <= E|V|: a state whose equation holds to the rounding of |E V| needs no second expectation.
+        least = sizes.rounding(terms, sizes.expectation)
+        *three, most, high, low, rough = largest(*parts, jnp.abs(gap) / least)
+        unclear = by_state & (rough > rounding.working_precision(mdp.modulus, value.dtype))
+        exact = only_if(unclear, lambda: jnp.max(jnp.abs(gap) / sizes.rounding(terms, sizes.expected())), rough)
 
-    # |E V| <= E|V|: a state whose equation holds to the rounding of |E V| needs no second expectation.
-    least = sizes.rounding(terms, sizes.expectation)
-    rough, most = largest(jnp.abs(gap) / least, jnp.abs(sizes.collected))
-    unclear = by_state & (rough > rounding.working_precision(mdp.modulus, value.dtype))
-    exact = only_if(unclear, lambda: jnp.max(jnp.abs(gap) / sizes.rounding(terms, sizes.expected())), rough)
-
-    low, high = min_max(gap)
+    low = -low
+    noise = largest_rounding(mdp, sizes, discounts.most, *three)
     proven = bracket(discounts, low, high, noise)
     # V* - V is between gap + lower and gap + upper.
     error = jnp.maximum(high + proven.upper, -(low + proven.lower))

@@ -196,7 +196,7 @@ def iterate(
         value = walk.backup + shift
         q = action_values(mdp, value)
         backup = regularizer.conjugate(q)
-        by_state = limited & to_working_precision
+        by_state = limited if to_working_precision else None
         proven, allowed = certify(mdp, regularizer, discounts, value, q, backup, by_state)
         extra = jnp.maximum(proven.noise - rounding_of(sup_norm(value)), 0)
         # Both sweeps prove something, the last one and that at the value itself.

@@ -15,7 +15,7 @@ from bilevel_jax.results import Outcome, Result
 from bilevel_jax.solvers.auto import Auto
 from bilevel_jax.solvers.evaluation import improve, policy_operator
 from bilevel_jax.solvers.loop import Solver, SolveStats, iterate
-from bilevel_jax.validation import as_float, require_instance, require_numbers
+from bilevel_jax.validation import as_float, require_computable, require_kind, require_numbers
 
 
 class Solution(eqx.Module):
@@ -64,13 +64,11 @@ def solve(
     Raises:
       InputError: shapes that disagree, or an argument of another type.
     """
-    require_instance("mdp", mdp, MDP)
-    require_instance("regularizer", regularizer, Regularizer)
-    require_instance("solver", solver, Solver | None)
-    require_instance("adjoint", adjoint, LinearSolver | None)
-    if solver is not None:
-        require_numbers("solver", tolerance=solver.tolerance, max_steps=solver.max_steps)
-    if mdp.available is not None:  # values count there; shapes are looked at once a compilation, in `_solve`
+    require_kind("mdp", mdp, MDP)
+    require_kind("regularizer", regularizer, Regularizer)
+    require_kind("solver", solver, Solver | None)
+    require_kind("adjoint", adjoint, LinearSolver | None)
+    if mdp.available is not None:  # values count there; the rest is looked at once a compilation, in `_solve`
         check_compatible(mdp, regularizer)
     if initial_value is not None:
         initial_value = as_float("initial_value", initial_value, mdp.reward.dtype, mdp.reward.shape[:-1])
@@ -79,6 +77,11 @@ def solve(
 
 @jit
 def _solve(mdp, regularizer, initial_value, solver, adjoint):
+    parts = {"mdp": mdp, "regularizer": regularizer, "solver": solver, "adjoint": adjoint}
+    for name, part in parts.items():
+        require_computable(name, part)
+    if solver is not None:
+        require_numbers("solver", tolerance=solver.tolerance, max_steps=solver.max_steps)
     check_compatible(mdp, regularizer)
     solvers = (Auto() if solver is None else solver).resolve(mdp)
     adjoint = default_linear_solver(mdp.num_states) if adjoint is None else adjoint

@@ -71,6 +71,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # What was compiled once is kept: the next run takes half the time. Delete the directory to begin anew.
+    jax.config.update("jax_compilation_cache_dir", str(config.rootpath / ".pytest_cache" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if hasattr(config, "workerinput"):  # the flags are inherited, the options passed on
         return
     if config.option.compile is None:

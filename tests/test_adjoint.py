@@ -115,6 +115,7 @@ def hazards():
     yield "eigenvector", 0.999 * rng.dirichlet(np.ones(50), 50), np.ones(50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "dtype"),
     [
@@ -136,6 +137,7 @@ def test_hazards(solver, dtype):
             np.testing.assert_allclose(x, want, atol=accuracy * np.abs(want).max(), rtol=0, err_msg=f"{name} {flip}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["gmres", "bicgstab"])
 def test_failures_have_names(solver):
     make = {"gmres": bj.GMRES, "bicgstab": bj.BiCGStab}[solver]
@@ -170,6 +172,7 @@ def test_truncated_solvers_can_be_held_to_a_tolerance():
         assert int(one_way(solver, policy_operator(), DISCOUNT, RHS)[1].result) == bj.Result.CONVERGED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "guess"),
     [("bicgstab constant", 0.1)]
@@ -248,6 +251,7 @@ def test_a_batch_with_shared_transitions_is_one_matrix_product():
     assert any("dot_general" in line and f"{STATES}x5x" in line.replace("5x12", "12x5x") for line in text.split("\n"))
 
 
+@pytest.mark.slow
 def test_constant_deflation_pays_near_discount_one():
     rng = np.random.default_rng(9)
     operator = DenseOperator(jnp.asarray(0.9999 * rng.dirichlet(np.ones(60), 60)))
@@ -308,6 +312,7 @@ def test_transposed_solve_of_a_policy_that_gathers_all_mass(solver):
     np.testing.assert_allclose(np.sum(w), 100, rtol=1e-5)  # the occupancy of 1 / (1 - discount) steps
 
 
+@pytest.mark.slow
 def test_extrapolation_makes_the_number_of_products_independent_of_the_discount():
     rng = np.random.default_rng(0)
     successor = rng.integers(1000, size=(5, 1000, 4), dtype=np.int32)

@@ -115,7 +115,7 @@ def gaps_after(agent, key, problem, x, optimal, times):
     return policy_gap(table(agent, state, problem, x), optimal)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(["sarsa", "linear_q", "policy_iteration"], AGENTS))
 def test_converges_to_the_optimal_policy(name):
     # Three processes of 18 pairs; 12 and 192 times 512 steps of the simulator.
@@ -261,7 +261,7 @@ def test_four_rooms():
     assert gaps[2] < 0.08
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["q", "linear_sarsa", "policy_iteration"])
 def test_a_warm_start_is_nearer(name):
     agent, warm, cold = AGENTS[name](processes=32, steps=16, epsilon=0.02), [], []

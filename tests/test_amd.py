@@ -127,6 +127,7 @@ def test_many_seeds_and_rates_in_one_program_all_descend():
     assert float(jnp.max(info.gradient_norm[:, 2, -1])) < 0.1 * float(jnp.min(info.gradient_norm[:, 2, 0]))
 
 
+@pytest.mark.slow
 def test_one_compilation_and_float32():
     algorithm, x = short(), jnp.zeros((5, 2))
     state, info = algorithm.step(KEY, algorithm.init(KEY, x))

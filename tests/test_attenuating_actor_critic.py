@@ -59,6 +59,7 @@ def test_gradient_has_the_mean_that_it_claims(kind):
     require_mean(drawn, jax.grad(claimed)(x), 0.02, kind.__name__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [EndingGarnet, pytest.param(PairGarnet, marks=pytest.mark.slow)])
 def test_upper_critic_by_hand(kind):
     """Pair by pair: what was still to pay, less the other groups' mean, over discount^h; visits that ended left out."""
@@ -192,6 +193,7 @@ def test_attenuates_to_the_problems_temperature():
     assert kept.upper.temperature is STILL
 
 
+@pytest.mark.slow
 def test_both_policies_are_one_where_nothing_is_charged():
     """No costs: same random numbers, same policies, and the penalty's gradient is exactly 0."""
     problem = garnet(temperature=0.8)

@@ -30,6 +30,7 @@ def gain_numpy(matrix, reward):
     return mu @ reward, np.linalg.lstsq(system, np.append(reward - mu @ reward, 0.0), rcond=None)[0]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(seed=st.integers(0, 10_000), temperature=st.floats(0.01, 10), name=st.sampled_from(sorted(SOLVERS)))
 def test_solutions_are_right(seed, temperature, name):
@@ -53,6 +54,7 @@ def test_solutions_are_right(seed, temperature, name):
     assert solution.stats.lower <= gain <= solution.stats.upper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", pytest.param("shannon", marks=SLOW), pytest.param("tsallis", marks=SLOW)])
 def test_limits_of_the_discounted_problem(kind):
     """(1 - discount) V -> g and V - g / (1 - discount) -> h up to a constant, with an error like 1 - discount."""
@@ -101,6 +103,7 @@ def test_periodic_chains(name):
     assert bj.solve_average_reward(mdp, bj.Unregularized(), solver=undamped).result == bj.Result.MAX_STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["newton", pytest.param("sweeps", marks=SLOW)])
 def test_several_classes_do_not_converge_and_are_bounded(name):
     """Two closed halves with gains 1 and 3: no one gain, and the bounds hold both."""
@@ -135,6 +138,7 @@ def solution_of(kind, name):
     return jax.jit(function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "second_order"),
     [("shannon", "sweeps", False), *(pytest.param(kind, "newton", kind != "tsallis", marks=SLOW) for kind in KINDS)],
@@ -177,6 +181,7 @@ def test_the_gradient_of_the_gain_is_the_stationary_distribution():
     np.testing.assert_allclose(gradient.initial, 0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_batches_masks_and_starts():
     rewards, temperatures = np.random.default_rng(3).normal(size=(2, STATES, ACTIONS)), np.array([0.2, 0.9])
     mdp = bj.MDP(PROCESS.dense, rewards, 0.5, PROCESS.initial, available=MASK)

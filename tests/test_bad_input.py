@@ -265,6 +265,7 @@ def test_bad_input_is_named(name):
         call()
 
 
+@pytest.mark.slow
 def test_the_table_fails_for_its_own_reason():
     # The same calls with nothing exchanged are accepted.
     assert bj.check(solve()).value.shape == (STATES,)
@@ -272,7 +273,7 @@ def test_the_table_fails_for_its_own_reason():
     assert bj.SuccessorTransition(NEXT, PROB).shape == SHAPE
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("solver", [bj.ValueIteration(), bj.PolicyIteration()], ids=["VI", "PI"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_inside_jit_is_a_code(kind, solver):
@@ -288,7 +289,7 @@ def test_nan_inside_jit_is_a_code(kind, solver):
             bj.check(solution)
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [bj.ValueIteration(), bj.PolicyIteration()], ids=["VI", "PI"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_reward_that_is_not_finite_is_reported_at_an_action_that_is_never_taken(solver, value):
@@ -301,6 +302,7 @@ def test_a_reward_that_is_not_finite_is_reported_at_an_action_that_is_never_take
     assert int(run(R, put(P, (1, 2, 0), value)).result) == bj.Result.NOT_FINITE
 
 
+@pytest.mark.slow
 def test_nan_of_one_batch_element_stays_there():
     rewards = np.stack([R, put(R, (1, 2), np.nan), R])
     solution = jax.jit(lambda r: bj.solve(bj.MDP(P, r, 0.9), ENTROPY))(rewards)
@@ -322,7 +324,7 @@ def test_too_few_steps():
         bj.check(solution)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [bj.ValueIteration, bj.PolicyIteration])
 def test_tolerance_below_rounding(solver):
     mdp = jax.tree.map(lambda x: x.astype(np.float32), make_mdp(PROCESS, 0.99))
@@ -334,6 +336,7 @@ def test_tolerance_below_rounding(solver):
     assert int(bj.solve(mdp, ENTROPY, solver=solver()).result) == bj.Result.CONVERGED
 
 
+@pytest.mark.slow
 def test_check_returns_what_is_right_and_refuses_traced_values():
     solution = solve()
     assert bj.check(solution) is solution

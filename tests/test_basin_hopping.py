@@ -75,6 +75,7 @@ def test_it_leaves_the_worse_well_and_never_gets_worse(fresh):
     np.testing.assert_allclose(state.objective, phi(state.x), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_schedules_start_anew_with_each_descent():
     seen = []
     cooling = optax.exponential_decay(4.0, 60, 0.25, end_value=1.0)
@@ -88,6 +89,7 @@ def test_schedules_start_anew_with_each_descent():
     np.testing.assert_allclose(seen[0], seen[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_cooling_starts_anew_and_lower():
     # Without rewards V = factor log 2 here, which is the gradient of f; the descent is shorter than the cooling.
     problem = bj.BilevelProblem(lambda x: mdp(0 * x), bj.ShannonEntropy(0.5), lambda x, s: x[0] * s.value[0])
@@ -127,6 +129,7 @@ def test_vmapped_over_seeds_and_other_numbers_do_not_compile_again():
     assert moved.objective <= single[0].objective
 
 
+@pytest.mark.slow
 def test_a_diverged_descent_is_not_kept():
     # log of a negative number: every start left of 0 gives NaN.
     problem = bj.BilevelProblem(mdp, bj.ShannonEntropy(0.5), lambda x, s: jnp.log(x[0]) ** 2 + s.policy[0, 0])

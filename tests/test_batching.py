@@ -45,6 +45,7 @@ def four_rooms_batch(count=3):
     return problem, jax.random.normal(jax.random.key(0), (count, 105))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(["Direct"], ["Direct", "GMRES"]))
 def test_no_batched_lapack_call_is_made_on_the_cpu(name):
     """Two batched calls ready at once deadlock XLA's CPU thread pool; so there must be none at all."""

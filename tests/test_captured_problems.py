@@ -105,7 +105,7 @@ X = jnp.asarray(1.5)
 compute = importlib.import_module("bilevel_jax.hypergradient.compute")
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_hypergradient(name):
     made = bj.check(bj.hypergradient(PROBLEMS[name], X, with_error=False))
@@ -173,6 +173,7 @@ def test_a_step_of_an_algorithm_built_before(make):
     assert float(state.x) == 20  # projected
 
 
+@pytest.mark.slow
 def test_a_sampled_problem():
     environment = TabularEnvironment(bj.MDP(STAY, np.zeros((2, 1)), 0.5))
     problem = bj.SampledBilevelProblem(
@@ -243,6 +244,7 @@ def test_names_that_are_not_read_do_not_matter():
 value: Any = None
 
 
+@pytest.mark.slow
 def test_captured_tracers_are_what_they_are():
     def payoff(scale):
         problem = bj.BilevelProblem(lambda x: bj.MDP(STAY, scale * rewards(x), 0.5), ENTROPY, first)
@@ -253,6 +255,7 @@ def test_captured_tracers_are_what_they_are():
     np.testing.assert_allclose(jax.grad(payoff)(2.0), 3, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_functions_and_what_they_capture_are_let_go():
     import gc
     import weakref

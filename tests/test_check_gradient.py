@@ -95,6 +95,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", but(["mdp(x).reward"], WRONG))
 def test_it_says_which_part_is_wrong(part):
     report = bj.check_gradient(bj.BilevelProblem(*WRONG[part]), upper_start(), directions=1, verbose=False)

@@ -85,6 +85,7 @@ def test_curves_are_exact_objectives_within_the_budget(tiny):
         np.testing.assert_allclose(curves.gradient_norm[0, run], jnp.linalg.norm(first.gradient), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_runs_are_those_of_the_algorithm(tiny):
     """One run by hand: same start, same optimizer, as many iterations."""
     made = outcome(tiny)

@@ -38,6 +38,7 @@ def test_configs_of_the_repository(path):
     assert {cell.method["name"] for cell in comparison.cells} <= set(METHODS)
 
 
+@pytest.mark.slow
 def test_defaults_and_abbreviations_are_filled_in(tmp_path):
     values = load(write(tmp_path, GOOD)).values
     garnet, small = values["problems"]

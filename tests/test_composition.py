@@ -102,6 +102,7 @@ def train(problem, optimizer, params, length):
     return jax.lax.scan(step, (params, optimizer.init(params)), length=length)[1]
 
 
+@pytest.mark.slow
 def test_training_a_network_inside_scan():
     reward, params = linen_network()
     losses = jax.jit(lambda params: train(imitation(reward), optax.adam(0.03), params, 30))(params)
@@ -123,6 +124,7 @@ def test_vmap_over_seeds_and_learning_rates():
     assert np.unique(separate[..., -1].round(6)).size == 4
 
 
+@pytest.mark.slow
 def test_upper_iterations_in_scan_equal_a_python_loop():
     problem, optimizer = upper_problem("kl"), optax.adam(0.05)
 

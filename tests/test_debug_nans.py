@@ -25,7 +25,7 @@ def _debug_nans():
         yield
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["implicit", "unrolled", "trajectories", "perturbation"])
 def test_no_error_is_none_in_every_method(name):
     problem = garnet()
@@ -34,6 +34,7 @@ def test_no_error_is_none_in_every_method(name):
     bj.check(made.solution)
 
 
+@pytest.mark.slow
 def test_reports_without_a_bound_say_what_failed():
     made = bj.hypergradient(
         garnet(), jnp.zeros((5, 2)), method=bj.Implicit(bj.ValueIteration(max_steps=1)), with_error=False
@@ -46,7 +47,7 @@ def test_reports_without_a_bound_say_what_failed():
         bj.check(report)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["m_sobirl", "implicit", "naive"])
 def test_reports_of_algorithms(name):
     make = getattr(bj.algorithms, name)

@@ -64,7 +64,7 @@ def assert_expert_is_exact(options):
     return problem, expert, want.sum()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LONG)
 def test_experts_of_long_horizons(name):
     assert_expert_is_exact(LONG[name])
@@ -78,6 +78,7 @@ def test_experts_of_long_corridors(name):
     assert np.abs(got.gradient).max() < 1e-9 * visits  # where it must vanish
 
 
+@pytest.mark.slow
 def test_an_expert_that_is_not_found_is_an_error(monkeypatch):
     few = bj.ValueIteration(max_steps=3)
     monkeypatch.setattr(inverse_rl, "solve", lambda *problem: bj.solve(*problem, solver=few))
@@ -89,6 +90,7 @@ def test_an_expert_that_is_not_found_is_an_error(monkeypatch):
         assert np.isnan(visits).all()
 
 
+@pytest.mark.slow
 def test_options_may_be_traced():
     discounts = jnp.array([0.9, 0.99])
     visits = jax.vmap(lambda discount: make(discount=discount).visits)(discounts)
@@ -114,7 +116,7 @@ def best(problem, steps=40):
 LBFGS = optax.lbfgs()
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["ground", "pair"])
 def test_estimators_are_one_where_visits_are_an_occupancy(features):
     problems = [make(estimator=estimator, features=features, ridge=0.1) for estimator in inverse_rl.ESTIMATORS]
@@ -141,6 +143,7 @@ def test_visits_are_matched_and_likelihood_is_another_estimator():
     assert np.abs(both[0] - both[1]).max() < np.abs(likely - shares).max() / 3  # both are consistent
 
 
+@pytest.mark.slow
 def test_visits_gradient_matches_by_definition():
     problem = make(demonstrations=7, length=9, estimator="visits", features="state", ridge=0.2, temperature=0.7)
     x = jax.random.normal(KEY, problem.start(KEY).shape)

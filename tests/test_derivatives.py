@@ -131,6 +131,7 @@ def test_first_derivatives(kind, layout):
         np.testing.assert_allclose(along, differences[0], rtol=1e-7, err_msg=f"{name}: differences")
 
 
+@pytest.mark.slow
 def test_the_tsallis_case_is_sparse_and_away_from_the_ends_of_its_supports():
     theta = parameters("tsallis", "dense")
     support = jax.jit(lambda theta: bj.solve(*build(theta, "tsallis", "dense")).policy > 0)
@@ -154,7 +155,7 @@ def ravel(tree):
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout", "mode"),
     but(
@@ -211,10 +212,12 @@ def test_an_adjoint_that_fails_shows(cycles):
         bj.check(reported)
 
 
+@pytest.mark.slow
 def test_the_adjoint_above_succeeds_with_enough_cycles():
     assert np.isfinite(hasty_gradient(jnp.asarray(PROCESS.reward), bj.GMRES(restart=1, max_cycles=1000))[0]).all()
 
 
+@pytest.mark.slow
 def test_cost_of_the_gradient_does_not_depend_on_the_sweeps():
     theta = parameters("shannon", "dense")
 
@@ -234,6 +237,7 @@ def test_cost_of_the_gradient_does_not_depend_on_the_sweeps():
     assert by_unrolling(1000) > 10 * by_unrolling(10)  # what is measured can grow
 
 
+@pytest.mark.slow
 def test_an_inexact_solve_differentiates_at_its_own_value():
     # Reverse mode goes through the while loop at any number of sweeps; the rule is taken at the V reached.
     theta = parameters("shannon", "dense")
@@ -322,6 +326,7 @@ def test_policy_value_of_a_batch():
         np.testing.assert_allclose(many[i], one, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_policy_value_of_the_optimum_is_its_value_plus_the_penalty():
     mdp, regularizer = make_mdp(PROCESS, 0.9), bj.TsallisEntropy(0.4)
     solution = bj.solve(mdp, regularizer)

@@ -349,6 +349,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["tabular", pytest.param("generic", marks=pytest.mark.slow)])
 def test_bits_do_not_depend_on_the_cut(case):
     environment, policy = (make() for make in CASES[case])
@@ -377,6 +378,7 @@ def test_old_style_keys_are_keys(make):
     assert_same(run(jax.random.PRNGKey(5)), run(jax.random.key(5)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [tabular, lambda: Generic(tabular())])
 def test_first_actions_and_common_numbers(make):
     environment, policy = make(), bj.Table(POLICY)
@@ -497,6 +499,7 @@ def ended(t):
     return np.asarray(t.terminated | t.truncated)
 
 
+@pytest.mark.slow
 def test_auto_reset_reports_the_end_and_goes_on_from_a_fresh_state():
     t = rollout(KEY, AutoReset(Walk()), walk_policy, batch=200, horizon=40)
     place, noise = np.asarray(t.state[0]), np.asarray(t.state[1]["noise"])
@@ -548,6 +551,7 @@ def test_time_limits_may_be_traced_and_mapped():
     np.testing.assert_array_equal(jax.jit(jax.vmap(lengths))(jnp.asarray([1, 4, 20])), [[1] * 3, [4] * 3, [9] * 3])
 
 
+@pytest.mark.slow
 def test_auto_reset_of_a_time_limit_starts_the_clock_again():
     t = rollout(KEY, AutoReset(TimeLimit(Walk(100), 3)), walk_policy, batch=7, horizon=10)
     np.testing.assert_array_equal(t.truncated, np.broadcast_to(np.arange(10) % 3 == 2, (7, 10)))
@@ -630,6 +634,7 @@ def test_random_segments_of_short_episodes_are_the_episodes():
     np.testing.assert_array_equal(np.asarray(cut.valid).sum(1), lengths)
 
 
+@pytest.mark.slow
 def test_random_segments_of_a_process_that_ends_are_never_empty():
     """Mean length 12 in 100 steps: seven in eight segments of 10 had no valid step."""
     ends = np.full((1, 1), 1 / 12)

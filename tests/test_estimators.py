@@ -124,7 +124,7 @@ def made_with(name, number):
     return draws(setting(), UNBIASED[name], batches=600, **arguments)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(["exact", "two visits", "shared"], UNBIASED))
 def test_unbiased(name):
     """All baselines on one Garnet MDP, the mean over the others on a second one."""
@@ -218,6 +218,7 @@ def test_each_group_has_a_key_of_its_own():
 # 2. Variances.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["exact", pytest.param("two visits", marks=pytest.mark.slow)])
 def test_variance_falls_as_one_over_n(name):
     """From 16 to 256 groups. 600 and 400 batches give the variances to about 5 and 6 percent, the slope to 0.03."""
@@ -336,6 +337,7 @@ def test_one_step_is_biased_otherwise():
     assert off > 0.3 * np.linalg.norm(at.gradient)
 
 
+@pytest.mark.slow
 def test_form_of_one_step():
     """sum credit (dr(s, a) - E_pi dr(s, .)) on a trajectory made by hand."""
     problem = garnet(horizon=3)

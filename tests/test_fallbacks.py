@@ -71,7 +71,7 @@ def in_reward(transition, reward, discount, regularizer, adjoint=None):
     return bj.solve(bj.MDP(transition, reward, discount), regularizer, adjoint=adjoint).value[0]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "regularizer"),
     [
@@ -133,6 +133,7 @@ def wanted(discount, rhs, transpose):
 RHS = np.random.default_rng(2).normal(size=(3, SIZE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)])
 def test_the_default_adjoint_in_both_directions(dtype, transpose):
@@ -179,6 +180,7 @@ def test_a_goal_grid_just_above_the_direct_limit_is_not_given_up_early():
 BATCHES = {"right-hand sides": (None, 0), "discounts": (0, None), "both": (0, 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [pytest.param(b, marks=() if b != "both" else pytest.mark.slow) for b in BATCHES])
 def test_a_batch_equals_singles_and_makes_no_batched_lapack_call(batched):
     axes = BATCHES[batched]
@@ -198,6 +200,7 @@ def test_a_batch_equals_singles_and_makes_no_batched_lapack_call(batched):
     assert max(shape.count("x") for call in calls for shape in re.findall(r"tensor<((?:\d+x)+)f\d+>", call)) == 2
 
 
+@pytest.mark.slow
 def test_nested_batches_share_a_factorization_where_they_share_the_operator():
     two = np.stack([RHS, 2 * RHS])
     run = jax.jit(jax.vmap(jax.vmap(functools.partial(solve_one, default_linear_solver(SIZE), 0.999))))
@@ -292,6 +295,7 @@ def test_tolerances_that_zero_meets_are_refused():
     assert float(default_linear_solver(SIZE, 5.0).tolerance) <= 0.1  # given in units of the reward
 
 
+@pytest.mark.slow
 def test_select_and_long_stencils_compile_in_the_same_program_for_any_number_of_slots():
     size, rng = 300, np.random.default_rng(6)
 

@@ -82,6 +82,7 @@ def test_time_varying_agrees_with_numpy(kind, layout):
     assert np.abs(solution.value - expected[0]).max() <= solution.error_bound < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tsallis", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[:2])])
 def test_stationary_is_time_varying_with_the_same_steps(kind):
     mdp, regularizer = helpers.make_mdp(PROCESS), helpers.make_regularizer(kind, 0.3, PROCESS.reference)
@@ -129,6 +130,7 @@ def test_long_horizons_go_to_the_discounted_solution():
     np.testing.assert_allclose(long.policy[0], limit.policy, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_action_masks_are_actions_that_are_absent():
     mdp = bj.MDP(PROCESS.dense, PROCESS.reward, 0.8, available=MASK)
     solution = bj.check(bj.solve_finite_horizon(mdp, bj.ShannonEntropy(0.3), HORIZON))
@@ -168,6 +170,7 @@ def objective(floats, kind):
     return jnp.sum(WEIGHT * solution.value**2) + jnp.sum(WEIGHT[1:, :, None] * jnp.sin(solution.policy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["kl", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("shannon", "tsallis"))]
 )

@@ -25,6 +25,7 @@ def values(weights, temperature, beta):
     return jax.lax.map(value, weights)
 
 
+@pytest.mark.slow
 def test_the_published_table_is_reached_in_all_nine_cells():
     with np.load(WEIGHTS) as ends:
         weights, temperature, beta = (ends[name] for name in ("weights", "temperature", "beta"))

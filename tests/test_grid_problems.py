@@ -59,6 +59,7 @@ def test_doors(layout):
     assert problem.environment.successor.shape[-1] == 5  # the simulator's moves, and staying at a closed door
 
 
+@pytest.mark.slow
 def test_gradient_with_doors():
     problem = bj.problems.make("four_rooms", rows=SMALL, penalties="doors", closed=0.3, temperature=0.05)
     x, d = (random_like(seed, problem.start(KEY)) for seed in (1, 2))
@@ -88,6 +89,7 @@ def test_bad_maps(case):
         bj.problems.make("four_rooms", **options)
 
 
+@pytest.mark.slow
 def test_places_instead_of_letters():
     problem = bj.problems.make("four_rooms", rows=("...", "..."), origin=(0, 0), target=(0, 2), goals=((1, 2), (1, 0)))
     np.testing.assert_array_equal(np.argwhere(problem.at_goal), [[0, 5], [1, 3]])
@@ -121,6 +123,7 @@ def designer_numpy(x, discount=0.95, temperature=0.01):
     return 0.1 * share[:-1].sum() + 0.05 * (1 - share[-1]) - worth[0]
 
 
+@pytest.mark.slow
 def test_environment_design():
     problem = design()
     x = 1.0 + random_like(3, problem.start(KEY))

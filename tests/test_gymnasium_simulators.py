@@ -98,6 +98,7 @@ def test_returns_and_lengths_are_gymnasiums(name, way):
         assert abs(z(mine, other)) < LIMIT
 
 
+@pytest.mark.slow
 def test_lake_itself():
     found = ours(WAYS["MDP"]("lake"), policy_of("lake"))
     for mine, other in zip(found, theirs("lake"), strict=True):
@@ -125,6 +126,7 @@ def test_a_table_ends_where_it_says_and_pays_what_it_says():
     assert set(np.unique(np.asarray(t.reward)[np.asarray(t.valid)])) == {0.0, 1.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_steps_and_runs_draw_alike(way):
     """The base class's `run`, by `step`, has the same law: mean length and return."""
@@ -146,6 +148,7 @@ def test_an_end_state_is_the_same_process():
     assert np.isfinite(np.asarray(t.reward)).all()
 
 
+@pytest.mark.slow
 def test_discounted_returns_have_the_mean_v():
     mdp, policy = process("lake"), policy_of("lake")
     simulator = TabularEnvironment(mdp)
@@ -162,6 +165,7 @@ MASKED = bj.MDP(
 )
 
 
+@pytest.mark.slow
 def test_policies_leave_out_what_is_not_available():
     simulator = TabularEnvironment(MASKED)
     np.testing.assert_array_equal(simulator.available, MASKED.available)
@@ -202,6 +206,7 @@ def test_ends_are_probabilities_of_the_pair():
     assert abs(ended[action == 1].mean() - 0.3) < LIMIT * (0.21 / count) ** 0.5
 
 
+@pytest.mark.slow
 def test_an_end_that_all_pairs_share_is_given():
     length = ours(one_state(ends=[[0.25, 0.25]]), np.array([[0.5, 0.5]]))[1]
     assert abs(np.mean(length) - 4) < LIMIT * 12**0.5 / OURS**0.5

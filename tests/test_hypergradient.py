@@ -40,6 +40,7 @@ def exact(kind, contexts=False):
     return bj.check(bj.hypergradient(upper_problem(kind, contexts), upper_start(), with_error=False))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("kind", "contexts"), but([("kl", True)], [("tsallis", False), ("kl", False), ("kl", True)]))
 def test_gradient_against_differences_and_composition(kind, contexts):
     problem, x = upper_problem(kind, contexts), upper_start()
@@ -59,6 +60,7 @@ def test_gradient_against_differences_and_composition(kind, contexts):
             np.testing.assert_allclose(along, differences, rtol=1e-7, err_msg=f"{name}: differences")
 
 
+@pytest.mark.slow
 def test_contexts_are_separate_solves():
     result = exact("kl", True)
     for i in range(2):
@@ -100,6 +102,7 @@ def test_warm_started_hessian_vector_product():
         np.testing.assert_allclose(flat(product(cold.adjoint, bj.GMRES(1e-11), reverse)), want, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transpose", but([True], [False, True]))
 def test_the_guess_serves_its_own_right_hand_side(transpose):
     rng = np.random.default_rng(0)
@@ -134,6 +137,7 @@ def test_vmap_over_x():
         )
 
 
+@pytest.mark.slow
 def test_warm_start():
     problem, x = upper_problem("kl"), upper_start()
     cold = exact("kl")
@@ -172,7 +176,7 @@ ROUGH = {
 }
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUGH)
 def test_adjoint_equation_and_its_error_bound(name):
     matrix, rhs = adjoint_system()
@@ -225,6 +229,7 @@ def test_x_of_any_structure():
     np.testing.assert_allclose(result.gradient[0], want[0], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_objective_without_the_lower_level():
     problem = bj.BilevelProblem(
         upper_mdp, functools.partial(upper_regularizer, kind="kl"), lambda x, s: x["discount"] ** 2
@@ -243,6 +248,7 @@ def data_objective(data, x, solution):
     return jnp.sum(data * solution.policy) + x**2
 
 
+@pytest.mark.slow
 def test_partials_keep_their_data_as_leaves():
     counted = importlib.import_module("bilevel_jax.hypergradient.compute")._hypergradient
     counted.clear_cache()
@@ -261,6 +267,7 @@ def test_partials_keep_their_data_as_leaves():
     assert len(set(values)) == 3
 
 
+@pytest.mark.slow
 def test_float32():
     x = jax.tree.map(jnp.float32, upper_start())
     narrow = bj.BilevelProblem(

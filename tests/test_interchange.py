@@ -111,6 +111,7 @@ def test_mdptoolbox_rewards(transitions, form):
     np.testing.assert_allclose(mdp.reward, want, rtol=1e-13, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_mdptoolbox_itself():
     mdptoolbox = pytest.importorskip("mdptoolbox.mdp")
     ours = bj.MDP.from_mdptoolbox(BY_ACTION, R, DISCOUNT)
@@ -327,6 +328,7 @@ def test_an_end_state_changes_no_value(seed):
     np.testing.assert_allclose(optimal_value(free), optimal_value(ended), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_an_end_state_earns_no_entropy():
     mdp = bj.MDP.from_gymnasium(random_table(0), 0.8)
     ours, theirs = (bj.solve(m, bj.ShannonEntropy(0.3)) for m in (mdp, mdp.with_end_state()))
@@ -369,6 +371,7 @@ def test_cliff_walking_itself():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-15), mdp, ours.replace(initial=mdp.initial))
 
 
+@pytest.mark.slow
 def test_taxi_itself():
     env = pytest.importorskip("gymnasium.envs.toy_text").TaxiEnv()
     mdp = bj.MDP.from_gymnasium(env, 0.99)

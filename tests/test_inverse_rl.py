@@ -81,6 +81,7 @@ def test_expert_is_as_the_map_says():
     assert EXPERT.sum(-1)[LETTERS.index("g")] > 10 * EXPERT.sum(-1)[LETTERS.index("~")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", ["ground", "state", "pair"])
 def test_gradient_matches_visits(features):
     """(features' (d_x - visits)) / temperature + ridge x, whoever made the visits."""
@@ -163,6 +164,7 @@ def test_bad_options(case):
         bj.problems.make("inverse_rl", **options)
 
 
+@pytest.mark.slow
 def test_without_a_start_it_is_anywhere():
     problem = bj.problems.make("inverse_rl", rows=("..g", ".~."))
     np.testing.assert_allclose(problem.initial, 1 / 6)

@@ -86,6 +86,7 @@ def weighed(weights, x, solution):
     return jnp.sum(weights * solution.policy) + jnp.mean(solution.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", but(["kl"], ["shannon", "kl"]))
 @pytest.mark.parametrize("temperature", but([1e-4], [1.0, 1e-2, 1e-3, 1e-4]))
 def test_against_sixty_digits(kind, temperature):
@@ -113,6 +114,7 @@ def near_tie(temperature):
     return kernel, np.array([[0.3 * temperature, 0.0], [0.2 * temperature, 0.0]]), temperature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", but([1e-4], [1e-2, 1e-3, 1e-4]))
 def test_near_a_tie(temperature):
     kernel, reward, _ = near_tie(temperature)

@@ -53,6 +53,7 @@ def golden_start(algorithm, dtype=np.float64):
     )
 
 
+@pytest.mark.slow
 def test_golden_run():
     algorithm = golden_algorithm()
     _, (_, info, x, value) = run(algorithm, golden_start(algorithm), 301)
@@ -131,6 +132,7 @@ def test_estimate_converges_on_four_rooms():
     np.testing.assert_allclose(info.gradient[-1], exact.gradient, rtol=0, atol=1e-8 * np.abs(exact.gradient).max())
 
 
+@pytest.mark.slow
 def test_info_is_about_the_x_it_started_from():
     problem, x = upper_problem("shannon"), upper_start()
     algorithm = bj.algorithms.m_sobirl(problem, optax.sgd(1e-2), lower=bj.ValueIteration(1e-9, 3))
@@ -144,6 +146,7 @@ def test_info_is_about_the_x_it_started_from():
         bj.check(info)
 
 
+@pytest.mark.slow
 def test_start():
     problem, x = upper_problem("shannon"), upper_start()
     algorithm = bj.algorithms.m_sobirl(problem, FROZEN, lower=bj.PolicyIteration())
@@ -161,6 +164,7 @@ def test_start():
     assert implied.solution.policy.shape == (STATES, ACTIONS)
 
 
+@pytest.mark.slow
 def test_float32():
     narrow, wide = golden_algorithm(np.float32), golden_algorithm()
     state, (_, info, _, _) = run(narrow, golden_start(narrow, np.float32), 20)
@@ -211,6 +215,7 @@ def test_vmap_over_learning_rates_and_problems():
         np.testing.assert_allclose(many[i], run(alone, alone.init(KEY, x), 3)[0].x, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_adam():
     # optax's own bias correction needs the standard promotion.
     with jax.numpy_dtype_promotion("standard"):

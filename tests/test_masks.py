@@ -169,7 +169,7 @@ def test_a_state_without_any_action_is_not_finite():
 # The MDP
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layout"), [*((kind, "dense") for kind in KINDS), ("shannon", "successor")])
 def test_solution_without_the_absent(kind, layout):
     want, policy = absent_solution(kind, PROCESS.dense, PROCESS.reward, DISCOUNT)
@@ -194,7 +194,7 @@ def test_nothing_depends_on_what_the_absent_say():
         jax.tree.map(np.testing.assert_array_equal, *made)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivative_of_the_value(kind):
     p = {"reward": jnp.asarray(PROCESS.reward), "logits": jnp.log(PROCESS.dense), "discount": jnp.asarray(0.5)}
@@ -219,6 +219,7 @@ def test_derivative_of_the_value(kind):
     assert (np.asarray(gradient["logits"])[ABSENT] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shannon", pytest.param("kl", marks=pytest.mark.slow)])
 def test_second_derivative_of_the_solution(kind):
     weights = np.random.default_rng(11).normal(size=MASK.shape)
@@ -236,6 +237,7 @@ def test_second_derivative_of_the_solution(kind):
     assert (np.asarray(product)[ABSENT] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
 def test_batches_of_masks(shared):
     rewards = np.random.default_rng(13).normal(size=(2, *MASK.shape))
@@ -301,6 +303,7 @@ def test_policy_value_with_a_mask():
 UNREGULARIZED = bj.Unregularized()
 
 
+@pytest.mark.slow
 def test_unregularized_takes_the_first_maximum():
     q = jnp.asarray([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-INF, -1.0, -2.0]])
     np.testing.assert_array_equal(UNREGULARIZED.policy(q), [[0, 1, 0], [1, 0, 0], [0, 1, 0]])
@@ -340,6 +343,7 @@ def test_unregularized_has_no_leaves_and_no_temperature_to_give():
             kind(0)
 
 
+@pytest.mark.slow
 def test_unregularized_hypergradient_of_a_value_and_of_a_policy():
     def upper(objective):
         problem = bj.BilevelProblem(lambda x: make(reward=PROCESS.reward * x), UNREGULARIZED, objective)

@@ -134,6 +134,7 @@ def test_limits_are_as_documented():
     assert 2**28 < machine_memory() < 2**63
 
 
+@pytest.mark.slow
 def test_the_documented_way_of_full_rows():
     text = (Path(__file__).parents[1] / "docs" / "interchange.md").read_text()
     code = text.split("```python\n")[1].split("```")[0].replace("20_000", "60")
@@ -145,6 +146,7 @@ def test_the_documented_way_of_full_rows():
     np.testing.assert_allclose(made["solution"].value, want.value, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_intermediate_states_say_the_same():
     """The documented way around a full row: two steps of discount sqrt(d)."""
     rng = np.random.default_rng(0)

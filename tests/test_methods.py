@@ -41,7 +41,7 @@ def truth(kind, contexts=False):
     return bj.check(bj.hypergradient(upper_problem(kind, contexts), upper_start(), method=EXACT["direct"]))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(["unrolled", "trajectories"], EXACT))
 def test_all_roads_lead_to_the_same_gradient(name):
     made = bj.hypergradient(upper_problem("kl"), upper_start(), method=EXACT[name])

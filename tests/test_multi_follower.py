@@ -50,6 +50,7 @@ def by_hand(problem, bonus):
     return value, gradient + price * load * bonus, load
 
 
+@pytest.mark.slow
 def test_hypergradient_by_hand_and_panels():
     problem = make(seed=1)
     np.testing.assert_allclose(problem.discount, [0.9, 0.72, 0.54])

@@ -321,6 +321,7 @@ def test_an_upper_variable_in_half_precision(kind):
         assert algorithm.init(KEY, x).x["a"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_an_estimate_in_half_precision():
     x, garnet = jnp.zeros((2, 2), jnp.float16), jax.tree.map(narrow, problem())
     response = estimators.LearnedCritic(step_size=np.float16(0.5))
@@ -531,6 +532,7 @@ def test_rewards_of_the_next_state_are_no_batch():
         bj.MDP(SPREAD, np.zeros((5, 2, 2, 2)), 0.5)
 
 
+@pytest.mark.slow
 def test_batches_of_as_many_problems_as_states():
     rewards = np.arange(8.0).reshape(2, 2, 2)
     for process in (
@@ -560,6 +562,7 @@ def test_rewards_of_the_next_state_where_sizes_differ():
         bj.MDP(SPREAD, np.ones((4, 2, 3)), 0.5)
 
 
+@pytest.mark.slow
 def test_a_population_of_as_many_followers_as_states_and_actions():
     equal = bj.problems.make("multi_follower", followers=3, states=3, actions=3, branching=2)
     load = equal.load(np.full((3, 3, 3), 1 / 3))

@@ -34,6 +34,7 @@ def stationary_numpy(matrix):
     return np.linalg.lstsq(system, np.append(np.zeros(len(matrix)), 1.0), rcond=None)[0]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25, derandomize=True)
 @given(seed=st.integers(0, 10_000), discount=st.floats(0, 0.999), per_pair=st.booleans())
 def test_identities(seed, discount, per_pair):

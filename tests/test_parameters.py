@@ -77,7 +77,7 @@ def problem_of(kernel, objective):
     )
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "objective"), but([("softmax", "occupancy"), ("mixture", "leader"), ("slots", "value")], CASES)
 )

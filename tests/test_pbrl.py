@@ -93,6 +93,7 @@ def biases(algorithm, x, weights):
     return np.array([np.linalg.norm(g - exact) / np.linalg.norm(exact) for g in last])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_bias_is_one_over_the_weight(penalty):
     bias = biases(on_garnet(penalty), 0.5 * jax.random.normal(KEY, (5, 2)), (1e2, 1e3, 1e4))
@@ -161,6 +162,7 @@ def test_many_seeds_and_rates_in_one_program():
         assert exact[2] < exact[1] < exact[0] - 0.01
 
 
+@pytest.mark.slow
 def test_one_compilation():
     algorithm, x = on_garnet("value"), jnp.zeros((5, 2))
     state, info = algorithm.step(KEY, algorithm.init(KEY, x))

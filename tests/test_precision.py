@@ -114,7 +114,7 @@ def reference():
     return value
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver", [bj.PolicyIteration(), bj.ValueIteration(), bj.AndersonIteration(), bj.AdaptivePolicyIteration()]
 )
@@ -126,6 +126,7 @@ def test_bounds_hold_where_products_have_ten_bits(accelerator, solver):
     assert accelerator == []
 
 
+@pytest.mark.slow
 def test_ten_bits_would_break_the_bound(accelerator):
     # The control: a kernel whose products do not ask for all bits. Its probabilities have few, so that V alone is cut.
     class Careless(bj.DenseTransition):

@@ -50,7 +50,7 @@ class TestEveryProblem:
             assert field.default is not dataclasses.MISSING, field.name
             assert re.search(rf"^ +(\w+, )*{field.name}(, \w+)*: ", spec.options.__doc__, re.MULTILINE), field.name
 
-    @pytest.mark.few(3)
+    @pytest.mark.slow
     def test_keeps_the_protocol(self, name):
         problem = make(name)
         assert isinstance(problem, bj.Problem)
@@ -76,7 +76,7 @@ class TestEveryProblem:
         copy = jax.jit(lambda p: p)(jax.tree.unflatten(structure, leaves))
         np.testing.assert_array_equal(copy.mdp(x).reward, problem.mdp(x).reward)
 
-    @pytest.mark.few(3)
+    @pytest.mark.slow
     def test_hypergradient_against_differences(self, name):
         problem = make(name)
         x, d = problem.start(KEY), random_like(1, problem.start(KEY))
@@ -95,7 +95,7 @@ class TestEveryProblem:
 # The synthetic problem.
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_synthetic_is_as_published(seed):
     states, actions, dimension = 8, 4, 6
@@ -219,6 +219,7 @@ def test_an_open_map_is_a_stencil_of_five_moves():
     np.testing.assert_allclose(*slope, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_four_rooms_rewards_and_goals():
     problem, x = make("four_rooms", temperature=0.01), random_like(2, np.zeros(105))
     mdp, penalty = problem.mdp(x), -0.2 * softmax(x)[:-1]
@@ -235,6 +236,7 @@ def test_four_rooms_rewards_and_goals():
         np.testing.assert_allclose(solution.policy[context, goal], 0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "beta"), but([(0.05, 3.0)], [(0.003, 1.0), (0.05, 3.0)]))
 @pytest.mark.parametrize("layout", but(["dense"], ["dense", "successor"]))
 def test_four_rooms_objective(temperature, beta, layout):

@@ -29,6 +29,7 @@ def scanned(q):
 READERS = {"plain": read, "jit": jax.jit(read), "vmap": stacked, "checkpoint": jax.checkpoint(read), "scan": scanned}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader", but(["jit"], READERS))
 def test_only_a_policy_that_is_used_raises(reader):
     function = READERS[reader]

@@ -61,6 +61,7 @@ def test_nothing_to_collect_is_zero(solver, dtype):
     assert 0 <= float(solution.stats.error_bound) < 1e-30
 
 
+@pytest.mark.slow
 def test_nothing_to_collect_under_regularizers():
     p = chain((0, 1), (1, 0))
     for regularizer in (bj.KLDivergence(1.0, [0.3, 0.7]), bj.KLDivergence(1e6, [0.5, 0.5]), bj.TsallisEntropy(1e-6)):
@@ -87,6 +88,7 @@ def test_one_zero_element_of_a_batch():
         np.testing.assert_allclose(solution.value[1], exact(bj.MDP(p, reward[1], 0.9)).astype(float), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_gradients_at_nothing_to_collect():
     reference = np.array([0.2, 0.8])
     problem = bj.BilevelProblem(
@@ -110,14 +112,14 @@ ENDED = chain((0, 1), (0, 2), (2, 2))
 COSTS = np.array([[-1.0, -1], [-1, -1], [0, 0]])
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_costs_until_an_absorbing_end(solver):
     mdp = bj.MDP(ENDED.astype(np.float32), COSTS.astype(np.float32), np.float32(0.99999))
     check_right(bj.solve(mdp, NONE, solver=SOLVERS[solver]), exact(mdp), 3e-7)
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["auto", "VI", "modified", "anderson"])
 @pytest.mark.parametrize(("side", "discount"), [(6, 0.99999), (12, 0.9999)])
 def test_mazes(solver, side, discount):
@@ -126,6 +128,7 @@ def test_mazes(solver, side, discount):
     check_right(bj.solve(mdp, NONE, solver=SOLVERS[solver]), exact(mdp), 1e-6)
 
 
+@pytest.mark.slow
 def test_ends_by_discounts_of_zero():
     discount = np.full((3, 2), 0.99999, np.float32)
     discount[2] = 0
@@ -134,7 +137,7 @@ def test_ends_by_discounts_of_zero():
         check_right(bj.solve(mdp, NONE, solver=solver), exact(mdp), 3e-7)
 
 
-@pytest.mark.few(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("distance", [1e-6, 1e-8, 1e-10, 1e-12])
 @pytest.mark.parametrize("solver", ["auto", "VI", "modified"])
 def test_the_level_at_discounts_near_one(distance, solver):
@@ -146,6 +149,7 @@ def test_the_level_at_discounts_near_one(distance, solver):
     check_right(solution, exact(masked, 0.5), 1e-11)
 
 
+@pytest.mark.slow
 def test_hypergradient_of_a_corridor_that_ends():
     p = chain(*[(max(i - 1, 0), min(i + 1, 9)) for i in range(9)], (9, 9)).astype(np.float32)
     cost = np.where(np.arange(10)[:, None] < 9, -1, 0) * np.ones((10, 2))
@@ -162,7 +166,7 @@ def test_hypergradient_of_a_corridor_that_ends():
 # Numbers that the answer is not made of.
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize(
     ("dtype", "cost"), [(np.float32, 1e6), (np.float32, 1e12), (np.float64, 1e12), (np.float64, 1e18)]
@@ -178,7 +182,7 @@ def test_rewards_that_nobody_collects(solver, dtype, cost):
     check_right(asked, exact(mdp), 200 * np.finfo(dtype).eps)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_walls_that_cost_a_million(solver):
     mdp = maze(6, 0.99, 1e6, np.float32)
@@ -200,6 +204,7 @@ def test_parts_of_different_scale(solver, ratio):
     np.testing.assert_allclose(np.asarray(solution.value, float), value.astype(float), rtol=3e-5)
 
 
+@pytest.mark.slow
 def test_a_part_of_another_scale_that_is_left_behind():
     # From the costly state one leaves at once; its value is -1e6, the others' are about 1.
     p = chain((1, 1), (2, 0), (1, 0)).astype(np.float32)
@@ -252,7 +257,7 @@ def test_drifting_apart_for_as_long_as_one_likes_is_not_a_gain():
     assert int(bj.solve_average_reward(mdp, NONE, solver=solver).result) != bj.Result.CONVERGED
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("solver", [bj.RelativePolicyIteration(), bj.RelativeValueIteration()])
 def test_gains_beside_rewards_that_nobody_collects(dtype, solver):
@@ -299,7 +304,7 @@ def test_a_finite_horizon_whose_rounding_is_all_there_is():
 # Two computations of one number.
 
 
-@pytest.mark.few(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("kind", ["shannon", "kl", "tsallis", "none"])
 def test_a_best_action_has_weight_by_construction(kind, temperature):
@@ -324,6 +329,7 @@ def test_a_best_action_has_weight_by_construction(kind, temperature):
         )
 
 
+@pytest.mark.slow
 def test_ties_share_or_go_to_the_first():
     q = jnp.array([[1e6, 1e6, 0.0], [0.0, 1e6, 1e6]], jnp.float32)
     half = [[0.5, 0.5, 0], [0, 0.5, 0.5]]
@@ -357,7 +363,7 @@ def test_rounding_of_a_sweep_is_within_its_allowance():
     assert worst > 0.1
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shannon", "kl", "tsallis", "none"])
 def test_second_derivatives_in_a_scan_with_checkpoints(kind):
     # Custom rules lose a part of them there: forward over reverse mode is compared with forward over forward.

@@ -177,11 +177,13 @@ def memory(program: Program) -> int:
 # ---- Files ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_directory(rooms, synthetic):
     for done in (rooms, synthetic):
         assert sorted(path.name for path in done.directory.iterdir()) == FILES
 
 
+@pytest.mark.slow
 def test_config_is_the_resolved_one(rooms):
     original = load(rooms.directory.parents[1] / "small.yaml")
     assert rooms.config.values == original.values
@@ -189,6 +191,7 @@ def test_config_is_the_resolved_one(rooms):
     assert yaml.safe_load((rooms.directory / "config.yaml").read_text())["problem"]["discount"] == 0.99
 
 
+@pytest.mark.slow
 def test_metrics(rooms):
     rows = rooms.metrics
     assert list(rows[0]) == METRICS
@@ -229,6 +232,7 @@ def test_last_row_is_exact_at_the_saved_x(name, request):
         assert record["result"] == "converged"
 
 
+@pytest.mark.slow
 def test_runs_table(rooms):
     outcome = ["final_value", "best_value", "gradient_norm", "result"]
     assert [list(row) for row in rooms.runs] == 32 * [["run", *ROOMS_AXES, *outcome]]
@@ -262,6 +266,7 @@ def test_best_of_all_iterations_is_kept(tmp_path):
     assert done.summary["best_value"] < done.summary["final_value"]
 
 
+@pytest.mark.slow
 def test_summary(rooms):
     summary = rooms.summary
     values = [float(row["final_value"]) for row in rooms.runs]
@@ -283,6 +288,7 @@ def test_summary(rooms):
         assert summary["versions"][name] == version(name)
 
 
+@pytest.mark.slow
 def test_final_arrays(rooms, synthetic):
     states = len(problem_of(rooms.config, {}).grid.cells)
     assert {name: array.shape for name, array in rooms.final.items()} == {
@@ -305,6 +311,7 @@ def test_final_arrays(rooms, synthetic):
 # ---- What is printed -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_printed_summary(rooms):
     assert re.search(
         r"^small: 32 runs in [\d.]+ s \(compile [\d.]+ s\), best final objective -?[\d.]+", rooms.called.out
@@ -313,6 +320,7 @@ def test_printed_summary(rooms):
         assert str(rooms.directory / name) in rooms.called.out
 
 
+@pytest.mark.slow
 def test_progress_bar(rooms):
     """Off a terminal it writes a line at the start and one at the end."""
     last = rooms.called.err.replace("\r", "\n").strip().split("\n")[-1]
@@ -359,6 +367,7 @@ def assert_picture(path: Path) -> None:
     assert pixels[..., :3].std() > 0.01
 
 
+@pytest.mark.slow
 def test_pictures_are_written_and_redrawn(rooms, tmp_path):
     names = ["learning_curves.png", "incentive.png"]
     copy = tmp_path / "copy"
@@ -379,6 +388,7 @@ def test_no_picture_of_a_problem_without_panels(synthetic, monkeypatch):
     assert_picture(synthetic.directory / "learning_curves.png")
 
 
+@pytest.mark.slow
 def test_learning_curves(rooms):
     """A line for each setting, the median of its seeds (runs i and i + 16), with a band from least to most."""
     figure = plots.learning_curves(rooms.config, rooms.directory)
@@ -489,6 +499,7 @@ def test_sweep_is_the_same_as_single_runs(rooms, tmp_path):
         np.testing.assert_allclose(float(alone.runs[0][column]), float(rooms.runs[number][column]), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_inexact_lower_level_and_descent_adjoint(synthetic):
     """Value iteration of three sweeps and two descent steps, over the seeds of the problem."""
     lower, optimizer = bj.ValueIteration(max_steps=3, centred=False), optax.sgd(0.1)
@@ -696,6 +707,7 @@ def test_unwritable_file_in_out(tmp_path):
     assert called.err.startswith(f"bilevel-jax: error: --out {tmp_path / 'out'}: cannot be written (")
 
 
+@pytest.mark.slow
 def test_not_finite(tmp_path):
     """Every run diverges: an error that says where, and the metrics up to there."""
     done = start(tmp_path, SYNTHETIC, "sweep.optimizer.learning_rate=[1e200]", "iterations=6", "record_every=2")
@@ -717,6 +729,7 @@ def test_not_finite(tmp_path):
 DIVERGING = ("sweep.problem.seed=[0]", "sweep.optimizer.learning_rate=[0.1, 0.2, 1e200, 1e210, 0.3]")
 
 
+@pytest.mark.slow
 def test_some_runs_not_finite(tmp_path):
     """The others count: best run, pictures and table."""
     done = finished(tmp_path, SYNTHETIC, *DIVERGING)
@@ -770,6 +783,7 @@ def interrupted(tmp_path_factory, two_runs) -> Finished:
         return start(directory, SYNTHETIC, *FIVE_SEEDS, two_runs)
 
 
+@pytest.mark.slow
 def test_interrupted(interrupted):
     assert interrupted.called.code == 130
     assert interrupted.called.out == ""

@@ -106,7 +106,7 @@ def with_rate(state, rate):
 # What every algorithm must allow.
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(set(ALGORITHMS) - COSTLY, ALGORITHMS))
 def test_protocol(name):
     """One compilation whatever the numbers; infos; same key, same bits; NaN is reported."""
@@ -288,6 +288,7 @@ def summed(problem, groups, direct, term):
     return total / len(direct)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, pytest.param(EndingGarnet, marks=pytest.mark.slow)], ids=["garnet", "ending"])
 def test_hpgd_as_published(kind):
     problem = garnet() if kind is None else garnet(kind)
@@ -301,6 +302,7 @@ def test_hpgd_as_published(kind):
     np.testing.assert_allclose(made.value, np.mean(costs @ factors), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, pytest.param(EndingGarnet, marks=pytest.mark.slow)], ids=["garnet", "ending"])
 def test_bc_hg_as_published(kind):
     """From a critic that knows something already."""

@@ -260,6 +260,7 @@ def test_rlhf_is_as_described():
     assert not np.array_equal(bj.problems.make("tabular_rlhf", seed=1).hidden_reward, problem.hidden_reward)
 
 
+@pytest.mark.slow
 def test_rlhf_reference_policy():
     problem = bj.problems.make("tabular_rlhf", regularizer="kl", temperature=1e6)
     x = problem.start(KEY)
@@ -279,6 +280,7 @@ def test_rlhf_learns_the_hidden_reward_where_the_teacher_is_a_bradley_terry_mode
     np.testing.assert_array_less(objective_of(problem, x, solution), objective_of(problem, 0.5 * x, solution))
 
 
+@pytest.mark.slow
 def test_rlhf_true_return():
     problem, x, solution = build("rlhf")
     mdp = problem.mdp(x).replace(reward=problem.hidden_reward)
@@ -302,6 +304,7 @@ def test_rlhf_largest_size():
 # Reward shaping.
 
 
+@pytest.mark.slow
 def test_chain_is_as_described():
     problem = bj.problems.make("reward_shaping", states=5, slip=0.25, distractor=0.3, scale=2.0, price=0.5)
     x = jnp.asarray([0.3, -1.0, 0.0, 50.0, 0.1])
@@ -352,6 +355,7 @@ def test_shaping_is_needed_and_helps(layout, at_most, at_least):
     assert earned[1] > at_least
 
 
+@pytest.mark.slow
 def test_truncation_is_as_small_as_said():
     problem = build("chain")[0]
     assert problem.true_discount**problem.horizon < 2.5e-7

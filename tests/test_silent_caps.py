@@ -50,6 +50,7 @@ def test_values_are_marked_by_batch_element():
     np.testing.assert_array_equal(np.isnan(got["b"]), [False, True, True])
 
 
+@pytest.mark.slow
 def test_exact_agent(monkeypatch):
     problem, x = make(), jnp.zeros(4)
     policies = [_answer(bj.agents.ExactAgent(), problem, x)]
@@ -95,6 +96,7 @@ def test_hops(monkeypatch):
     np.testing.assert_array_equal(state.x, 0)
 
 
+@pytest.mark.slow
 def test_check_gradient_differences(monkeypatch):
     capped(check, monkeypatch)
     report = bj.check_gradient(make(), jnp.zeros(4), directions=1, verbose=False)

@@ -36,7 +36,7 @@ def regularizer(kind, temperature=0.5):
     return make_regularizer(kind, temperature, PROCESS.reference)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("solver", "kind", "layout"),
     [
@@ -51,6 +51,7 @@ def test_agrees_with_numpy_value_iteration(solver, kind, layout):
         np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("solver", [bj.ValueIteration, bj.PolicyIteration])
 def test_error_bound_bounds_the_error(solver, kind):
@@ -85,6 +86,7 @@ def test_the_span_bound_is_attained():
     np.testing.assert_allclose(error, [solution.stats.error_bound, -solution.stats.error_bound], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_stats_of_value_iteration(kind):
     mdp, chosen = make_mdp(PROCESS, 0.9), regularizer(kind)
@@ -111,6 +113,7 @@ def test_stats_of_value_iteration(kind):
     assert 10 * residual <= 9 * np.ptp(gap) / 2 * (1 + 1e-8)  # half of the bracket that the middle was taken of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", EXACT)
 def test_value_q_and_policy_belong_together(solver):
     mdp, chosen = make_mdp(PROCESS, DISCOUNT), regularizer("kl")
@@ -136,6 +139,7 @@ def test_warm_start(solver):
     np.testing.assert_allclose(near.value, near_cold.value, atol=2e-8)
 
 
+@pytest.mark.slow
 def test_newton_needs_few_steps():
     for layout in LAYOUTS:
         assert int(bj.solve(make_mdp(PROCESS, 0.999, layout), regularizer("shannon")).stats.steps) <= 10
@@ -151,6 +155,7 @@ def test_every_scale(temperature, solver, kind):
     np.testing.assert_allclose(solution.value, want, rtol=0, atol=1e-13 * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "kind", "layout"),
     [*(("PI", kind, "dense") for kind in KINDS), ("VI", "shannon", "dense"), ("PI", "shannon", "successor")],
@@ -173,6 +178,7 @@ def test_float32(solver, kind, layout):
     np.testing.assert_allclose(solution.policy, policy, rtol=0, atol=2 * error / 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1e-6, 1e6])
 def test_float32_scales(temperature):
     process = PROCESS._replace(reward=np.float32(1e6 * PROCESS.reward), dense=np.float32(PROCESS.dense))
@@ -262,6 +268,7 @@ def test_vmap_equals_single_solves(solver):
     assert len(set(np.asarray(many.stats.steps).tolist())) > 1  # they end at their own times
 
 
+@pytest.mark.slow
 def test_batches_that_share_what_they_can():
     _, rewards, _, temperatures = batch_of(4)
     solution = bj.solve(bj.MDP(PROCESS.dense, rewards, DISCOUNT), bj.KLDivergence(temperatures, PROCESS.reference))
@@ -270,6 +277,7 @@ def test_batches_that_share_what_they_can():
         np.testing.assert_allclose(solution.value[i], value, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_initial_value_of_a_batch():
     _, rewards, _, _ = batch_of(3)
     mdp = bj.MDP(PROCESS.dense, rewards, 0.9)
@@ -315,7 +323,7 @@ def run_m_sobirl(number):
         state, _ = algorithm.step(jax.random.key(0), state)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "compilations"),
     [
@@ -332,6 +340,7 @@ def test_new_numbers_do_not_recompile(run, compilations):
         assert {name: compiled(name)._cache_size() for name in compilations} == compilations
 
 
+@pytest.mark.slow
 def test_a_weakly_typed_start_does_not_recompile():
     algorithm = bj.algorithms.m_sobirl(bj.problems.make("synthetic", dimension=3), OPTIMIZER)
     x, value, policy = jnp.full(3, 0.1), jnp.full(10, 1.0), jnp.full((10, 5), 0.2)
@@ -343,6 +352,7 @@ def test_a_weakly_typed_start_does_not_recompile():
     assert compiled("algorithms.m_sobirl._step")._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_numbers_of_every_kind_share_a_compilation():
     # A Python float, a numpy number and an array: none is a new structure.
     compiled("solvers.solve._solve").clear_cache()
@@ -351,6 +361,7 @@ def test_numbers_of_every_kind_share_a_compilation():
     assert compiled("solvers.solve._solve")._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_max_steps_of_every_integer_type():
     for steps in (3, np.int64(3), np.int32(3), jnp.asarray(3)):
         solution = bj.solve(make_mdp(PROCESS), bj.ShannonEntropy(0.5), solver=bj.ValueIteration(0.0, steps))

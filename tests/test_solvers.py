@@ -42,7 +42,7 @@ def truth(kind, discount=None):
     return solve_numpy(kind, PROCESS.dense, PROCESS.reward, discount, 0.5, PROCESS.reference)[:2]
 
 
-@pytest.mark.few(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_agrees_with_numpy(name):
     for kind, layout in (("shannon", "dense"), ("unregularized", "successor")):
@@ -71,7 +71,7 @@ def policy_value(dense, reward, discount, kind, policy):
     return np.linalg.solve(np.eye(len(dense)) - operator, (policy * reward).sum(1) - penalty)
 
 
-@pytest.mark.few(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["value", "plain value", "modified", "newton", "anderson", "adaptive"])
 @pytest.mark.parametrize("kind", ["shannon", "unregularized"])
 def test_certificates_hold_at_every_stage(name, kind):
@@ -90,6 +90,7 @@ def test_certificates_hold_at_every_stage(name, kind):
     assert any(seen)  # policies that lose nothing would prove nothing
 
 
+@pytest.mark.slow
 def test_certificates_know_of_rows_that_do_not_sum_to_one():
     # Within the tolerance of the constructor, and worth 1e-6 / (1 - discount) of the value.
     dense = PROCESS.dense * (1 + 0.9e-6 * np.linspace(-1, 1, STATES))[:, None, None]
@@ -221,6 +222,7 @@ def test_a_batch_over_slow_dense_transitions_is_not_left_to_sweeps():
             assert (few.result == bj.Result.MAX_STEPS).all()
 
 
+@pytest.mark.slow
 def test_the_unregularized_policy_has_no_derivative_and_the_value_has_one():
     mdp = make_mdp(PROCESS, 0.9)
 
@@ -272,6 +274,7 @@ def test_settings_are_checked(make, message):
         make()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(["newton"], ["value", "modified", "newton", "anderson", "adaptive"]))
 def test_batches_equal_single_solves(name):
     rewards = np.random.default_rng(1).normal(size=(3, STATES, ACTIONS))

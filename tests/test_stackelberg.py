@@ -74,6 +74,7 @@ def test_descent_finds_what_brute_force_finds():
     np.testing.assert_allclose(gains, [0, 0, 0.4917, 0], atol=1e-4)  # of mixing, over the four pure policies
 
 
+@pytest.mark.slow
 def test_hypergradient_against_differences_of_brute_force_and_panels():
     problem = make(seed=3, alignment=-0.5)
     x = 10 * problem.start(KEY)

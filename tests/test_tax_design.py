@@ -53,6 +53,7 @@ def exact(**options):
     return found
 
 
+@pytest.mark.slow
 def test_is_the_published_economy():
     problem = make()
     rates, mdp, welfare = exact()[:3]
@@ -82,6 +83,7 @@ def test_assets_move_by_saving_and_noise():
     np.testing.assert_allclose(mdp.initial, np.tile(np.diff(norm.cdf(edges, scale=np.sqrt(2))), (2, 1)), atol=1e-15)
 
 
+@pytest.mark.slow
 def test_hypergradient_has_no_kink_where_assets_cross_a_border():
     problem, made = make(), exact().made
     assert np.min(np.abs(exact().saving - 5)) < 1e-12

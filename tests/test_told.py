@@ -30,6 +30,7 @@ def test_a_limit_of_steps_is_told_as_one():
     np.testing.assert_allclose(solution.value[1], 100, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [(), (16,)])
 def test_what_sweeps_of_a_batch_leave_is_gone_on_with(batch):
     solution = bj.check(bj.solve(apart(66, batch), NONE))
@@ -60,6 +61,7 @@ def test_rows_that_sum_to_more_than_one():
     assert float(np.max(horizon.error_bound)) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_high_temperatures_keep_the_digits_of_small_rewards(dtype):
     q = np.array([[1e-3, -2e-3, 5e-4]], dtype)
@@ -125,6 +127,7 @@ def test_two_gains_behind_a_state_that_is_left(cost):
         assert int(bj.solve_average_reward(mdp, NONE, solver=solver).result) != bj.Result.CONVERGED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tolerance", [None, 1e-3])
 def test_differences_beyond_what_the_temperature_can_divide(dtype, tolerance):

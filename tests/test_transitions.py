@@ -81,6 +81,7 @@ def kernels(draw):
     return densify(successor, probability), kernel_of(draw(st.sampled_from(FORMS)), successor, probability)
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(kernels(), arrays(float, STATES, elements=NUMBERS), arrays(float, (STATES, ACTIONS), elements=NUMBERS))
 def test_push_is_the_transpose_of_expect(kernel, v, d):
@@ -92,6 +93,7 @@ def test_push_is_the_transpose_of_expect(kernel, v, d):
     np.testing.assert_allclose(pushed, np.einsum("saj,sa->j", dense, d), rtol=1e-12, atol=1e-12 * np.abs(d).sum())
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(
     kernels(),
@@ -439,6 +441,7 @@ def test_matrix_free_input_errors():
             make(function, parameters)
 
 
+@pytest.mark.slow
 def test_matrix_free_is_built_under_jit_and_vmap():
     process = random_process(3)
     roots = jnp.sqrt(jnp.stack([process.dense, random_process(4).dense]))

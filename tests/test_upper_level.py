@@ -64,7 +64,7 @@ def run(algorithm, x, steps):
     return jax.lax.scan(body, algorithm.init(KEY, x), jax.random.split(KEY, steps))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(["sobirl", "m_sobirl", "implicit"], ALGORITHMS))
 def test_projection_in_every_algorithm(name):
     problem = garnet()
@@ -121,7 +121,7 @@ def brute_force(problem, count=80):
     return grid[int(np.argmin(paid))], float(np.min(paid))
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", but(["m_sobirl", "implicit"], MODEL))
 def test_on_the_simplex(name):
     problem = mixture()
@@ -138,6 +138,7 @@ def test_on_the_simplex(name):
     assert float(infos.stationarity[-1]) < 1e-8 < float(infos.gradient_norm[-1])
 
 
+@pytest.mark.slow
 def test_in_a_ball_of_a_tree():
     problem, x = upper_problem("kl"), upper_start()
     ball = jax.tree_util.Partial(projections.projection_l2_ball, scale=3.0)
@@ -147,6 +148,7 @@ def test_in_a_ball_of_a_tree():
     assert float(infos.objective[-1]) < float(infos.objective[0])
 
 
+@pytest.mark.slow
 def test_warm_starts_save_work():
     problem, x = mixture(), jnp.full(3, 1 / 3)
     method = bj.Implicit(bj.ValueIteration(1e-10), bj.GMRES(1e-10))
@@ -158,6 +160,7 @@ def test_warm_starts_save_work():
     bj.check(second)
 
 
+@pytest.mark.slow
 def test_implicit_is_gradient_descent():
     problem, x = upper_problem("kl"), upper_start()
     algorithm = implicit(problem, optax.sgd(0.01))
@@ -180,6 +183,7 @@ def test_implicit_with_other_methods(method):
     np.testing.assert_allclose(state.x, want.x, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_compilation():
     step = implicit.__globals__["_step"]
     problem, optimizer = garnet(), optax.adam(0.1)

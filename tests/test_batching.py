@@ -62,6 +62,7 @@ def test_no_batched_lapack_call_is_made_on_the_cpu(name):
     assert max(shape.count("x") for shape in shapes) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_other_platforms_get_the_batched_form(platform):
     """Lowered without the device: it has fewer loops than the CPU's, which maps over the batch."""

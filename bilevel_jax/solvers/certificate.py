@@ -140,19 +140,19 @@ def certify(
     q: jax.Array,
     backup: jax.Array,
     by_state: jax.Array | None,
-) -> tuple[Certificate, jax.Array | None]:
+) -> tuple[Certificate, jax.Array]:
     """The certificate of V[S], given Q[S, A] and T V [S] at it; and the least rounding of each state's equation, [S].
 
     T_pi V = T V for the policy pi at V, so that the bracket that V and T V prove holds V^pi as well as V*.
     `by_state`, a bool: whether to compute E|V|, a product, where the bound on `excess` without it is above the
-    threshold. None leaves `excess`, and that rounding, out.
+    threshold. None leaves both out: `excess`, and that rounding, are inf.
     """
     terms = mdp.transition.terms
     gap = backup - value
     sizes = sizes_of(mdp, regularizer, value, q, backup)
     parts = (jnp.abs(value), sizes.q, sizes.spread, jnp.abs(sizes.collected), gap, -gap)
     if by_state is None:
-        least, exact = None, jnp.full_like(discounts.most, jnp.inf)
+        least, exact = jnp.full_like(gap, jnp.inf), jnp.full_like(discounts.most, jnp.inf)
         *three, most, high, low = largest(*parts)
     else:
         # |E V| <= E|V|: a state whose equation holds to the rounding of |E V| needs no second expectation.

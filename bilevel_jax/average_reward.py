@@ -25,7 +25,7 @@ from bilevel_jax.captures import jit
 from bilevel_jax.errors import InputError
 from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.occupancy import unichain_operator, unichain_solve
-from bilevel_jax.reductions import matmul, min_max
+from bilevel_jax.reductions import matmul
 from bilevel_jax.regularizers import Regularizer
 from bilevel_jax.results import Outcome
 from bilevel_jax.rounds import Found, in_rounds, only_if
@@ -239,8 +239,9 @@ def solve_average_reward(
     require_instance("regularizer", regularizer, Regularizer)
     require_instance("solver", solver, AverageRewardSolver | None)
     if solver is not None:
-        require_numbers("solver", tolerance=solver.tolerance, max_steps=solver.max_steps)
+        require_numbers("solver", solver)
     require_instance("adjoint", adjoint, LinearSolver | None)
+    require_numbers("adjoint", adjoint)
     check_compatible(mdp, regularizer)
     if mdp.discount.ndim > len(mdp.batch_shape):
         raise InputError(
@@ -307,10 +308,14 @@ class Answer(NamedTuple):
     upper: jax.Array
 
 
-def _later(mdp: MDP, policy: jax.Array, collected: jax.Array) -> jax.Array:
-    """What is expected to be collected in a step, [S], as many steps later as there are states; at most 1,000."""
+def _later(mdp: MDP, policy: jax.Array, *numbers: jax.Array) -> tuple[jax.Array, ...]:
+    """The expectations of numbers [S] as many steps later as there are states, or 1,000 steps later, by the start."""
     operator = PolicyOperator(mdp.transition, policy).fold()
-    return lax.fori_loop(0, min(mdp.num_states, LATER), lambda _, now: operator.apply(now), collected)
+
+    def step(_, now):
+        return tuple(operator.apply(each) for each in now)
+
+    return lax.fori_loop(0, min(mdp.num_states, LATER), step, numbers)
 
 
 def _iterate(solver, mdp, regularizer, bias):
@@ -365,19 +370,27 @@ def _iterate(solver, mdp, regularizer, bias):
         # Any gain is between the least and the most that is collected in a step. A bias that drifts, as it does where
         # states have several gains, covers any difference by its rounding in the end: a gain is known to working
         # precision only where its bounds say much more than that.
-        def says_something(collected):
-            low, high = min_max(collected)
-            trivial = (high - low) / 2
-            least = rounding.AT_WORKING_PRECISION * rounding_of(sup_norm(collected))
-            return rounding.KNOWN * trivial + least if to_working_precision else jnp.minimum(wanted, trivial + least)
+        def says_something(scale, size):
+            least = rounding.AT_WORKING_PRECISION * rounding_of(size)
+            return rounding.KNOWN * scale + least if to_working_precision else jnp.minimum(wanted, scale + least)
 
-        at_most = says_something(sizes.collected)
-        near = bound <= at_most
+        collected = jnp.abs(sizes.collected)
+        lowest = jnp.min(jnp.where(collected > 0, collected, jnp.inf))
+        lowest = jnp.where(jnp.isfinite(lowest), lowest, 0)
+        scale, size = jnp.maximum(jnp.ptp(sizes.collected) / 2, lowest), jnp.max(collected)
+        near = bound <= says_something(scale, size)
         if to_working_precision:
             near &= excess <= rounding.AT_WORKING_PRECISION
-        # What is collected on the way to where the process stays is no part of a gain, however much it is.
-        lasting = only_if(near, lambda: _later(mdp, regularizer.policy(q), sizes.collected), sizes.collected)
-        at_most = says_something(lasting)
+
+        # What is collected on the way to where the process stays is no part of a gain, however much it is. So bounds
+        # are compared with how far from the gain is what is collected in the long run; or with the least that any state
+        # collects, if that is more: where all ends at nothing, nothing else is there.
+        def lasting():
+            later = _later(mdp, regularizer.policy(q), jnp.abs(sizes.collected - gain), collected)
+            return jnp.stack([jnp.max(numbers) for numbers in later])
+
+        far, size = only_if(near, lasting, jnp.stack([scale, size]))
+        at_most = says_something(jnp.maximum(far, lowest), size)
         accepted = near & (bound <= at_most)
         asked = found.asked if to_working_precision else at_most
         # h may be finite where q is not: an action that the regularizer never takes.

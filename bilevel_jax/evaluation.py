@@ -8,7 +8,7 @@ from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solv
 from bilevel_jax.bellman import discounted_operator
 from bilevel_jax.captures import jit
 from bilevel_jax.mdp import MDP, over_batch
-from bilevel_jax.validation import as_float, require_instance
+from bilevel_jax.validation import as_float, require_instance, require_numbers
 
 
 def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = None) -> jax.Array:
@@ -24,6 +24,7 @@ def policy_value(mdp: MDP, policy: jax.Array, adjoint: LinearSolver | None = Non
     """
     require_instance("mdp", mdp, MDP)
     require_instance("adjoint", adjoint, LinearSolver | None)
+    require_numbers("adjoint", adjoint)
     policy = as_float("policy", policy, mdp.reward.dtype, mdp.reward.shape)
     mdp.require_available(policy)
     return _policy_value(mdp, _NoRegularizer(), policy, adjoint=adjoint)

@@ -14,7 +14,7 @@ from bilevel_jax.mdp import MDP, over_batch
 from bilevel_jax.reductions import matmul
 from bilevel_jax.regularizers import Regularizer, Unregularized
 from bilevel_jax.transitions import PolicyOperator, StateOperator
-from bilevel_jax.validation import as_float, require_instance
+from bilevel_jax.validation import as_float, require_instance, require_numbers
 
 
 def occupancy(
@@ -118,6 +118,7 @@ def _regularized_value(mdp, regularizer, policy, *, adjoint):
 def _checked(mdp: MDP, policy: Any, adjoint: Any) -> tuple[MDP, Regularizer, jax.Array]:
     require_instance("mdp", mdp, MDP)
     require_instance("adjoint", adjoint, LinearSolver | None)
+    require_numbers("adjoint", adjoint)
     policy = as_float("policy", policy, mdp.reward.dtype, mdp.reward.shape)
     mdp.require_available(policy)
     return mdp, Unregularized(), policy  # `over_batch` wants a regularizer; this one has no numbers

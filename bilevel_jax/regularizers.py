@@ -184,9 +184,11 @@ class KLDivergence(Regularizer):
         available = _is_available(q)
         # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is
         # the sum of the reference: rounding in it would be multiplied by the temperature, its derivative not.
+        # A reference is meant to sum to 1: where it does to rounding of its own only, it is divided by its sum.
         mass = sum_last(reference)
-        shortfall = sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) + (mass - stop_gradient(mass))
-        total = sum_last(reference * jnp.where(available, jnp.exp(scaled), 0))
+        whole = stop_gradient(mass)
+        shortfall = (sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) + (mass - whole)) / whole
+        total = sum_last(reference * jnp.where(available, jnp.exp(scaled), 0)) / whole
         near = shortfall > NEAR
         log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
         return temperature * log_total
@@ -199,7 +201,8 @@ class KLDivergence(Regularizer):
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
         reference = self._reference(policy)
-        return temperature * sum_last(_xlogy(policy, policy) - _xlogy(policy, reference))
+        surplus = jnp.log(stop_gradient(sum_last(reference)))
+        return temperature * (sum_last(_xlogy(policy, policy) - _xlogy(policy, reference)) + surplus)
 
     def penalty_at(self, q):
         """<pi, Q - max Q> - (Omega* - max Q): no summand has the temperature's size where pi is near the reference."""
@@ -244,19 +247,25 @@ class TsallisEntropy(Regularizer):
         parts have opposite signs, and cancel where the temperature is high.
         """
         temperature = _usable(self.temperature, q.dtype)
-        policy = self.policy(q)
+        policy, others = self._policy_and_others(q)
         first = _is_first(argmax_last(q), q)
         below = jnp.where((policy > 0) & ~first, q - stop_gradient(max_last(q))[..., None], 0)
         # The best one's own term is 0, with the derivative that its probability gives it.
         below += jnp.where(first, q - stop_gradient(q), 0)
         parts = sum_last(policy * below) + temperature / 2 * (1 - sum_last(policy**2))
-        others = jnp.where(first, 0, policy)
-        excess = temperature / 2 * (sum_last(others) ** 2 + sum_last(others**2))
+        excess = temperature / 2 * (others**2 + sum_last(jnp.where(first, 0, policy) ** 2))
         return stop_gradient(max_last(q) + excess) + (parts - stop_gradient(parts))
 
     def policy(self, q):
-        scaled = _below_best(q, argmax_last(q), _usable(self.temperature, q.dtype))
-        return _sparsemax(jnp.where(_is_available(q), scaled, -jnp.inf))
+        return self._policy_and_others(q)[0]
+
+    def _policy_and_others(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The policy [S, A], and 1 - p_1 [S], what all but the best action have, with its digits."""
+        temperature, available = _usable(self.temperature, q.dtype), _is_available(q)
+        below = _below(q, argmax_last(q))
+        # 1 + (Q - max Q) / temperature: by this order of operations its digits are right where it is small.
+        margin = jnp.where(available, (temperature + below) / temperature, -jnp.inf)
+        return _sparsemax(margin, (below + _derivative_of(q, available)) / temperature)
 
     def penalty(self, policy):
         return jnp.asarray(self.temperature, policy.dtype) / 2 * (jnp.sum(policy**2, -1) - 1)
@@ -313,16 +322,19 @@ def _is_first(best: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def _below_best(q: jax.Array, best: jax.Array, temperature: jax.Array, allowed: Any = True) -> jax.Array:
-    """(Q - Q of the action best[S]) / temperature, [S, A]: exactly 0 there, above 0 nowhere that is `allowed`.
+    """(Q - Q of the action best[S]) / temperature, [S, A], with its derivative; see `_below`."""
+    return (_below(q, best, allowed) + _derivative_of(q, _is_available(q))) / temperature
+
+
+def _below(q: jax.Array, best: jax.Array, allowed: Any = True) -> jax.Array:
+    """Q - Q of the action best[S], [S, A], a constant: exactly 0 there, above 0 nowhere that is `allowed`.
 
     The best one counts as constant in derivatives, which what is made of it does not depend on. 0 at actions that
     are not available: an infinity that is divided by the temperature has derivative NaN.
     """
-    available = _is_available(q)
     top = max_last(q if allowed is True else jnp.where(allowed, q, -jnp.inf))
     below = jnp.where(_is_first(best, q), 0, q - top[..., None])
-    below = jnp.where(available, jnp.where(allowed, jnp.minimum(below, 0), below), 0)
-    return (stop_gradient(below) + _derivative_of(q, available)) / temperature
+    return stop_gradient(jnp.where(_is_available(q), jnp.where(allowed, jnp.minimum(below, 0), below), 0))
 
 
 def _derivative_of(x: jax.Array, where: jax.Array) -> jax.Array:
@@ -335,32 +347,40 @@ def _derivative_of(x: jax.Array, where: jax.Array) -> jax.Array:
     return selected - stop_gradient(selected)
 
 
-def _sparsemax(scaled: jax.Array) -> jax.Array:
-    """The point of the simplex nearest to scaled[S, A], -inf where an action is not available; its maximum is 0."""
-    policy = stop_gradient(_nearest(scaled))
+def _sparsemax(margin: jax.Array, scaled: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The point of the simplex nearest to scaled[S, A], whose maximum is 0, and 1 less its largest entry, [S].
+
+    `margin` is 1 + scaled, exactly 1 at the maximum and -inf where an action is not available.
+    """
+    policy, others = _nearest(stop_gradient(margin))
+    policy = stop_gradient(policy)
     support = policy > 0
     moved = _derivative_of(scaled, support)
     share = sum_last(moved) / sum_last(support.astype(moved.dtype))
-    return policy + jnp.where(support, moved - share[..., None], 0)
+    return policy + jnp.where(support, moved - share[..., None], 0), stop_gradient(others)
 
 
-def _nearest(scaled: jax.Array) -> jax.Array:
-    """The values of `_sparsemax`. Everything is read off one sorted array, which lies in memory."""
-    actions = scaled.shape[-1]
-    index = lax.broadcasted_iota(jnp.int32, scaled.shape, scaled.ndim - 1)
-    ascending, order = lax.sort((-stop_gradient(scaled), index), num_keys=1)
+def _nearest(margin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The values of `_sparsemax`. Everything is read off one sorted array, which lies in memory.
+
+    With m_1 = 1 >= m_2 >= ... the support is the largest k with k m_k > m_2 + ... + m_k, and the threshold
+    t = (m_2 + ... + m_k) / k: p_1 = 1 - t, p_i = m_i - t. All summands have one sign, so that t keeps its digits.
+    """
+    actions = margin.shape[-1]
+    index = lax.broadcasted_iota(jnp.int32, margin.shape, margin.ndim - 1)
+    ascending, order = lax.sort((-margin, index), num_keys=1)
     descending = -ascending
-    # z_1 >= z_2 >= ...: the support is the largest k with 1 + k z_k > z_1 + ... + z_k.
     rank = index + 1
-    finite = jnp.where(descending > -jnp.inf, descending, 0)
-    within = 1 + rank.astype(scaled.dtype) * descending > jnp.cumsum(finite, -1)
+    following = jnp.where((descending > 0) & (rank > 1), descending, 0)
+    within = (rank == 1) | (rank.astype(margin.dtype) * descending > jnp.cumsum(following, -1))
     size = jnp.sum(within & (descending > -jnp.inf), -1, keepdims=True, dtype=jnp.int32)
     inside = rank <= size
-    threshold = (jnp.sum(jnp.where(inside, finite, 0), -1, keepdims=True) - 1) / size.astype(scaled.dtype)
-    ranked = jnp.where(inside, jnp.maximum(finite - threshold, 0), 0)
-    ranked = jnp.where(jnp.any(jnp.isnan(scaled), -1, keepdims=True), jnp.nan, ranked)
+    threshold = jnp.sum(jnp.where(inside, following, 0), -1, keepdims=True) / size.astype(margin.dtype)
+    ranked = jnp.where(inside, jnp.maximum(descending - threshold, 0), 0)
+    unknown = jnp.any(jnp.isnan(margin), -1, keepdims=True)
+    ranked, threshold = jnp.where(unknown, jnp.nan, ranked), jnp.where(unknown, jnp.nan, threshold)
     place = jnp.argsort(order, -1)
-    return jnp.take_along_axis(ranked, place, -1) if actions > 1 else ranked
+    return (jnp.take_along_axis(ranked, place, -1) if actions > 1 else ranked), threshold[..., 0]
 
 
 def _is_available(q: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 Shapes are always known and are checked by the containers themselves.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -253,14 +254,25 @@ def require_stopping(tolerance: Any, max_steps: Any) -> None:
     require_setting("max_steps", max_steps, 1, "1000 is usual", whole=True)
 
 
-def require_numbers(owner: str, **numbers: Any) -> None:
-    """Raise if one of an object's fields is not one number: fields have axes only outside vmap."""
-    for name, number in numbers.items():
-        shape = () if number is None else np.shape(number)
-        if shape:
+def require_numbers(owner: str, settings: Any) -> None:
+    """Raise if a setting of a solver or a method, or of one within it, is several numbers instead of one.
+
+    Of the library's own classes: what a user's own solver holds is his. Settings have axes only outside vmap.
+    """
+    for field in dataclasses.fields(settings) if is_library_module(settings) else ():
+        name, value = f"{owner}.{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            require_numbers(name, value)
+        elif isinstance(value, list | tuple) or getattr(value, "ndim", 0):
+            shape = [len(value)] if isinstance(value, list | tuple) else list(value.shape)
             raise InputError(
-                f"{owner}.{name}: expected one number, got shape {list(shape)}; for several, jax.vmap over the {owner}"
+                f"{name}: expected one number, got shape {shape}; for several, jax.vmap over a function of the number"
             )
+
+
+def is_library_module(value: Any) -> bool:
+    """Whether it is an object of one of the library's own dataclasses."""
+    return dataclasses.is_dataclass(value) and type(value).__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _in_reach(array: Any) -> bool:
@@ -373,6 +385,7 @@ OFF_THE_SIMPLEX = 0.1
 @_where_known
 def require_policy(name: str, policy: Any) -> None:
     """Raise where a known policy[..., S, A] is no distribution by far: counts, logits, another order of the axes."""
+    require_finite(name, policy)
     wrong = policy < -OFF_THE_SIMPLEX
     if wrong.any():
         raise InputError(f"{name}{_first(wrong)} is {_entry(policy, wrong):g}: probabilities cannot be negative")

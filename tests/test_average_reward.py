@@ -245,3 +245,29 @@ def test_bad_input_is_named():
         bj.RelativeValueIteration(damping=1.0)
     with pytest.raises(bj.InputError, match="tolerance must be at least 0"):
         bj.RelativePolicyIteration(tolerance=-1.0)
+
+
+@pytest.mark.parametrize("solver", [bj.RelativePolicyIteration, bj.RelativeValueIteration])
+@pytest.mark.parametrize("gain", [1.0, 1e-2, 0.0])
+def test_gains_far_below_the_rewards(solver, gain):
+    """A chain that mixes expects the same everywhere in the end: that is no reason to refuse its gain."""
+    rng = np.random.default_rng(0)
+    states = 50
+    p, reward = rng.dirichlet(np.ones(states), (states, 1)), rng.normal(size=(states, 1))
+    system = np.vstack([p[:, 0].T - np.eye(states), np.ones(states)])
+    visits = np.linalg.lstsq(system, np.r_[np.zeros(states), 1], rcond=None)[0]
+    mdp = bj.MDP(p, reward - visits @ reward[:, 0] + gain, 0.9)
+    for tolerance in (None, 1e-6):
+        made = bj.check(bj.solve_average_reward(mdp, bj.Unregularized(), solver=solver(tolerance=tolerance)))
+        assert abs(float(made.gain) - gain) <= float(made.stats.error_bound) <= (tolerance or 1e-13)
+        assert int(made.stats.steps) < 40
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_gain_of_a_way_to_a_goal(dtype):
+    states = 20
+    p = np.eye(states, k=1, dtype=dtype)
+    p[-1, -1] = 1
+    reward = np.r_[-np.ones(states - 1, dtype), 0][:, None]
+    made = bj.check(bj.solve_average_reward(bj.MDP(p[:, None], reward, dtype(0.9)), bj.Unregularized()))
+    assert abs(float(made.gain)) <= float(made.stats.error_bound) <= 1e-5

@@ -162,6 +162,30 @@ BAD = {
         r"solver\.tolerance: expected one number, got shape \[1\]; for several, jax\.vmap",
     ),
     "several limits": (lambda: solve(solver=bj.Auto(max_steps=[5])), r"solver\.max_steps: expected one number"),
+    "several sweeps": (
+        lambda: solve(solver=bj.AdaptivePolicyIteration(sweeps=np.array([10, 20]))),
+        r"solver\.sweeps: expected one number, got shape \[2\]",
+    ),
+    "several tolerances within": (
+        lambda: solve(solver=bj.PolicyIteration(linear_solver=bj.GMRES(tolerance=np.array([1e-3, 1e-4])))),
+        r"solver\.linear_solver\.tolerance: expected one number",
+    ),
+    "several tolerances of an adjoint": (
+        lambda: bj.policy_value(
+            bj.MDP(P, R, 0.5), np.full(R.shape, 1 / R.shape[-1]), adjoint=bj.GMRES(tolerance=[1e-3, 1e-4])
+        ),
+        r"adjoint\.tolerance: expected one number",
+    ),
+    "several dampings": (
+        lambda: bj.solve_average_reward(
+            bj.MDP(P, R, 0.5), ENTROPY, solver=bj.RelativeValueIteration(damping=[0.1, 0.2])
+        ),
+        r"solver\.damping: expected one number",
+    ),
+    "a policy of NaN": (
+        lambda: bj.occupancy(bj.MDP(P, R, 0.5), np.full(R.shape, np.nan)),
+        r"policy\[0, 0\] is nan",
+    ),
     "no report": (lambda: bj.check(None), r"check\(report\): expected what `solve`, .* got None"),
     # another type
     "no MDP": (lambda: bj.solve(R, ENTROPY), r"mdp: expected MDP, got ndarray"),

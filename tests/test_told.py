@@ -1,5 +1,7 @@
 """Right, or told: what a search over hard problems and readers found called CONVERGED, or called what it was not."""
 
+from fractions import Fraction
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,3 +144,57 @@ def test_differences_beyond_what_the_temperature_can_divide(dtype, tolerance):
         assert int(solution.stats.steps) < 50
         error = np.abs(np.asarray(solution.value) - exact(mdp).astype(float)).max()
         assert error <= float(solution.stats.error_bound)
+
+
+def tsallis_conjugate(q, temperature):
+    """Omega* of one state in exact fractions, by the definition: the maximum of <p, q> - Omega(p)."""
+    q, temperature = [Fraction(float(entry)) for entry in q], Fraction(float(temperature))
+    scaled = [(entry - max(q)) / temperature for entry in q]
+    total, threshold = Fraction(0), Fraction(0)
+    for rank, entry in enumerate(sorted(scaled, reverse=True), 1):
+        total += entry
+        if 1 + rank * entry > total:
+            threshold = (total - 1) / rank
+    p = [max(entry - threshold, 0) for entry in scaled]
+    earned = sum(weight * entry for weight, entry in zip(p, q, strict=True))
+    return earned + temperature / 2 * (1 - sum(weight**2 for weight in p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("others", [1, 3, 50, 200])
+@pytest.mark.parametrize("margin", [1e-1, 1e-3, 1e-6])
+def test_many_actions_just_within_the_support(others, margin, dtype):
+    """Their probabilities are small differences, and the same in all of them are their errors."""
+    rng = np.random.default_rng(others)
+    for spread in (0, 0.1):
+        reward = np.zeros((1, others + 1), dtype)
+        reward[0, 1:] = -(1 - margin * 1.0123 * (1 + spread * rng.random(others)))
+        mdp = bj.MDP(np.ones((1, others + 1, 1), dtype), reward, dtype(0.5))
+        entropy = bj.TsallisEntropy(dtype(1))
+        true = tsallis_conjugate(reward[0], 1)
+        made = bj.check(bj.solve(mdp, entropy))
+        assert abs(Fraction(float(made.value[0])) - 2 * true) <= Fraction(float(made.stats.error_bound))
+        gained = bj.check(bj.solve_average_reward(mdp, entropy))
+        assert abs(Fraction(float(gained.gain)) - true) <= Fraction(float(gained.stats.error_bound))
+        ahead = bj.check(bj.solve_finite_horizon(mdp, entropy, 1))
+        bound = Fraction(float(np.max(ahead.error_bound)))
+        assert abs(Fraction(float(ahead.value[0, 0])) - true) <= bound
+
+
+@pytest.mark.parametrize("temperature", [1e-2, 1.0, 1e2])
+def test_a_reference_that_was_normalized_in_float32(temperature):
+    rng = np.random.default_rng(1)
+    states, actions = 5, 4
+    p, reward = rng.dirichlet(np.ones(states), (states, actions)), rng.normal(size=(states, actions)) * 0.3
+    narrow = rng.dirichlet(np.ones(actions), states).astype(np.float32)
+    reference = (narrow / narrow.sum(-1, keepdims=True)).astype(np.float64)
+    assert (reference.sum(-1) != 1).any()
+    made = bj.check(bj.solve(bj.MDP(p, reward, 0.9), bj.KLDivergence(temperature, reference)))
+    meant = np.asarray(reference, np.longdouble)
+    meant /= meant.sum(-1, keepdims=True)
+    value = np.zeros(states, np.longdouble)
+    for _ in range(600):
+        q = (reward + np.longdouble(0.9) * np.einsum("sat,t->sa", p.astype(np.longdouble), value)) / temperature
+        top = q.max(-1, keepdims=True)
+        value = temperature * (top[:, 0] + np.log((meant * np.exp(q - top)).sum(-1)))
+    assert abs(np.asarray(made.value, np.longdouble) - value).max() <= float(made.stats.error_bound)

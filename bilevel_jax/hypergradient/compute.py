@@ -10,7 +10,7 @@ from bilevel_jax.captures import jit
 from bilevel_jax.hypergradient.implicit import Implicit
 from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem_kind
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
-from bilevel_jax.validation import as_float, require_computable, require_kind
+from bilevel_jax.validation import as_float, require_computable, require_kind, require_numbers
 
 
 def hypergradient(
@@ -57,5 +57,6 @@ def hypergradient(
 def _hypergradient(problem, x, method, initial_value=None, initial_adjoint=None, *, with_error):
     require_computable("problem", problem, any_floats=True)
     require_computable("method", method)
+    require_numbers("method", method)
     method = Implicit() if method is None else method
     return method.estimate(problem, x, initial_value, initial_adjoint, with_error)

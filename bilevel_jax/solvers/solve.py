@@ -68,8 +68,6 @@ def solve(
     require_kind("regularizer", regularizer, Regularizer)
     require_kind("solver", solver, Solver | None)
     require_kind("adjoint", adjoint, LinearSolver | None)
-    if solver is not None:
-        require_numbers("solver", tolerance=solver.tolerance, max_steps=solver.max_steps)
     if mdp.available is not None:  # values count there; the rest is looked at once a compilation, in `_solve`
         check_compatible(mdp, regularizer)
     if initial_value is not None:
@@ -82,6 +80,8 @@ def _solve(mdp, regularizer, initial_value, solver, adjoint):
     parts = {"mdp": mdp, "regularizer": regularizer, "solver": solver, "adjoint": adjoint}
     for name, part in parts.items():
         require_computable(name, part)
+    require_numbers("solver", solver)
+    require_numbers("adjoint", adjoint)
     check_compatible(mdp, regularizer)
     solvers = (Auto() if solver is None else solver).resolve(mdp)
     adjoint = default_linear_solver(mdp.num_states) if adjoint is None else adjoint

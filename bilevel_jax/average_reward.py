@@ -238,8 +238,7 @@ def solve_average_reward(
     require_instance("mdp", mdp, MDP)
     require_instance("regularizer", regularizer, Regularizer)
     require_instance("solver", solver, AverageRewardSolver | None)
-    if solver is not None:
-        require_numbers("solver", solver)
+    require_numbers("solver", solver)
     require_instance("adjoint", adjoint, LinearSolver | None)
     require_numbers("adjoint", adjoint)
     check_compatible(mdp, regularizer)

@@ -138,7 +138,8 @@ class KLDivergence(Regularizer):
       temperature: above 0, in units of the reward.
       reference: policy to stay close to, [S, A] or [A] for the same one in every state. An action
         with probability 0 is never taken. What it gives to actions that are not available does not
-        count: the sum in Omega* is over the others, and ref is not normalized anew.
+        count: the sum in Omega* is over the others, and ref is not normalized anew. A row whose sum is off by
+        rounding is divided by it.
 
     Raises:
       InputError: temperature not above 0, reference negative or not summing to 1 (where known).
@@ -184,7 +185,7 @@ class KLDivergence(Regularizer):
         available = _is_available(q)
         # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is
         # the sum of the reference: rounding in it would be multiplied by the temperature, its derivative not.
-        # A reference is meant to sum to 1: where it does to rounding of its own only, it is divided by its sum.
+        # A reference that sums to 1 + 1e-7, as one that was normalized in float32 may, is divided by its sum.
         mass = sum_last(reference)
         whole = stop_gradient(mass)
         shortfall = (sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) + (mass - whole)) / whole

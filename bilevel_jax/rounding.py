@@ -28,8 +28,8 @@ REACHED_BUT_NOT_ASKED = 1 / 8
 STALL = 64
 # A bound says something where it is at most so large a part of what the policy collects for ever.
 SAYS_SOMETHING = 1 / 2
-# Bounds on a gain are trivial where they are as far apart as the rewards that are collected; it is known to working
-# precision where they are nearer than this fraction of that, or than the rounding of these rewards.
+# A gain is known to working precision where its bound is at most this part of how far from it is what is collected in
+# the long run, or at most the rounding of that.
 KNOWN = 0.01
 # So many rounds in a row without a smaller residual, each of at least so many steps, and rounding has ended an
 # iteration. Fewer steps may gain less than the noise in a residual: those of value iteration gain 1 - discount each.

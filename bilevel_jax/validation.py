@@ -259,20 +259,17 @@ def require_numbers(owner: str, settings: Any) -> None:
 
     Of the library's own classes: what a user's own solver holds is his. Settings have axes only outside vmap.
     """
-    for field in dataclasses.fields(settings) if is_library_module(settings) else ():
+    if not dataclasses.is_dataclass(settings) or type(settings).__module__.split(".")[0] != __name__.split(".")[0]:
+        return
+    for field in dataclasses.fields(settings):
         name, value = f"{owner}.{field.name}", getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            require_numbers(name, value)
-        elif isinstance(value, list | tuple) or getattr(value, "ndim", 0):
-            shape = [len(value)] if isinstance(value, list | tuple) else list(value.shape)
+        require_numbers(name, value)
+        is_list = isinstance(value, list | tuple)
+        if is_list or getattr(value, "ndim", 0):
+            shape = [len(value)] if is_list else list(value.shape)
             raise InputError(
                 f"{name}: expected one number, got shape {shape}; for several, jax.vmap over a function of the number"
             )
-
-
-def is_library_module(value: Any) -> bool:
-    """Whether it is an object of one of the library's own dataclasses."""
-    return dataclasses.is_dataclass(value) and type(value).__module__.split(".")[0] == __name__.split(".")[0]
 
 
 def _in_reach(array: Any) -> bool:

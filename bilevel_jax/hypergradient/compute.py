@@ -55,7 +55,6 @@ def hypergradient(
 
 @functools.partial(jit, static_argnames="with_error")
 def _hypergradient(problem, x, method, initial_value=None, initial_adjoint=None, *, with_error):
-    require_computable("problem", problem, any_floats=True)
     require_computable("method", method)
     require_numbers("method", method)
     method = Implicit() if method is None else method

@@ -118,12 +118,7 @@ def hazards():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("solver", "dtype"),
-    [
-        pytest.param("gmres", np.float32, marks=pytest.mark.slow),
-        pytest.param("gmres", np.float64, marks=pytest.mark.slow),
-        ("bicgstab", np.float32),
-        pytest.param("bicgstab", np.float64, marks=pytest.mark.slow),
-    ],
+    [("gmres", np.float32), ("gmres", np.float64), ("bicgstab", np.float32), ("bicgstab", np.float64)],
 )
 def test_hazards(solver, dtype):
     for name, matrix, rhs in hazards():
@@ -177,7 +172,7 @@ def test_truncated_solvers_can_be_held_to_a_tolerance():
     ("name", "guess"),
     [("bicgstab constant", 0.1)]
     + [
-        pytest.param(name, guess, marks=pytest.mark.slow)
+        (name, guess)
         for name in ("gmres restarted", "bicgstab", "gmres constant", "bicgstab neumann")
         for guess in (None, 0.1)
     ],

@@ -60,7 +60,7 @@ def test_gradient_has_the_mean_that_it_claims(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [EndingGarnet, pytest.param(PairGarnet, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [EndingGarnet, PairGarnet])
 def test_upper_critic_by_hand(kind):
     """Pair by pair: what was still to pay, less the other groups' mean, over discount^h; visits that ended left out."""
     problem, rate = garnet(kind), 0.3

@@ -18,7 +18,6 @@ PROCESS = helpers.random_process(0)
 MASK = np.ones((STATES, ACTIONS), bool)
 MASK[0, 0] = MASK[3, 1:] = False
 SOLVERS = {"newton": bj.RelativePolicyIteration(), "sweeps": bj.RelativeValueIteration()}
-SLOW = pytest.mark.slow
 
 
 def gain_numpy(matrix, reward):
@@ -55,7 +54,7 @@ def test_solutions_are_right(seed, temperature, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["kl", pytest.param("shannon", marks=SLOW), pytest.param("tsallis", marks=SLOW)])
+@pytest.mark.parametrize("kind", ["kl", "shannon", "tsallis"])
 def test_limits_of_the_discounted_problem(kind):
     """(1 - discount) V -> g and V - g / (1 - discount) -> h up to a constant, with an error like 1 - discount."""
     regularizer = helpers.make_regularizer(kind, 0.3, PROCESS.reference)
@@ -104,7 +103,7 @@ def test_periodic_chains(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["newton", pytest.param("sweeps", marks=SLOW)])
+@pytest.mark.parametrize("name", ["newton", "sweeps"])
 def test_several_classes_do_not_converge_and_are_bounded(name):
     """Two closed halves with gains 1 and 3: no one gain, and the bounds hold both."""
     dense = np.zeros((4, 1, 4))
@@ -141,7 +140,7 @@ def solution_of(kind, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "second_order"),
-    [("shannon", "sweeps", False), *(pytest.param(kind, "newton", kind != "tsallis", marks=SLOW) for kind in KINDS)],
+    [("shannon", "sweeps", False), *((kind, "newton", kind != "tsallis") for kind in KINDS)],
 )
 def test_derivatives_agree_with_finite_differences(kind, name, second_order):
     arguments = {

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from helpers import (
     STATES,
-    but,
     random_process,
     upper_mdp,
     upper_objective,
@@ -25,7 +24,7 @@ REGULARIZER = functools.partial(upper_regularizer, kind="kl")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "contexts"), but([("tsallis", False)], [("kl", True), ("tsallis", False)]))
+@pytest.mark.parametrize(("kind", "contexts"), [("kl", True), ("tsallis", False)])
 def test_right_problems_pass(kind, contexts, capsys):
     report = bj.check_gradient(upper_problem(kind, contexts), upper_start(), directions=2)
     assert report.ok, str(report)
@@ -96,7 +95,7 @@ WRONG = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", but(["mdp(x).reward"], WRONG))
+@pytest.mark.parametrize("part", WRONG)
 def test_it_says_which_part_is_wrong(part):
     report = bj.check_gradient(bj.BilevelProblem(*WRONG[part]), upper_start(), directions=1, verbose=False)
     wrong = {row.part for row in report.parts if not row.agrees}

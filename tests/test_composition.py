@@ -16,7 +16,6 @@ from flax import nnx
 from helpers import (
     ACTIONS,
     STATES,
-    but,
     central_difference,
     flat,
     random_like,
@@ -70,7 +69,7 @@ def assert_trees_close(got, want, rtol=1e-10, atol=1e-12):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", but([nnx_network], [linen_network, nnx_network]))
+@pytest.mark.parametrize("make", [linen_network, nnx_network])
 def test_weights_of_a_network_as_upper_variable(make):
     reward, params = make()
     problem = imitation(reward)

@@ -350,7 +350,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["tabular", pytest.param("generic", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["tabular", "generic"])
 def test_bits_do_not_depend_on_the_cut(case):
     environment, policy = (make() for make in CASES[case])
 

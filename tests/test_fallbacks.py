@@ -72,18 +72,8 @@ def in_reward(transition, reward, discount, regularizer, adjoint=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "regularizer"),
-    [
-        ("ring", bj.Unregularized()),
-        ("seasons", bj.ShannonEntropy(0.3)),
-        *(
-            pytest.param(kind, regularizer, marks=pytest.mark.slow)
-            for kind in KINDS
-            for regularizer in (bj.Unregularized(), bj.ShannonEntropy(0.3))
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("regularizer", [bj.Unregularized(), bj.ShannonEntropy(0.3)])
 def test_values_and_gradients_of_chains_that_go_round(kind, regularizer):
     transition = KINDS[kind]()
     reward = np.random.default_rng(0).normal(size=transition.shape)
@@ -135,7 +125,7 @@ RHS = np.random.default_rng(2).normal(size=(3, SIZE))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("dtype", [np.float64, pytest.param(np.float32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_the_default_adjoint_in_both_directions(dtype, transpose):
     pairs = np.linspace(0.99, 0.999, SIZE)[:, None]  # a discount for each pair
     for discount in (0.999, pairs):
@@ -181,7 +171,7 @@ BATCHES = {"right-hand sides": (None, 0), "discounts": (0, None), "both": (0, 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batched", [pytest.param(b, marks=() if b != "both" else pytest.mark.slow) for b in BATCHES])
+@pytest.mark.parametrize("batched", BATCHES)
 def test_a_batch_equals_singles_and_makes_no_batched_lapack_call(batched):
     axes = BATCHES[batched]
     discounts = np.array([0.999, 0.5, 0.9999])  # the second needs no factorization

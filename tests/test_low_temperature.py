@@ -6,7 +6,6 @@ import mpmath
 import numpy as np
 import optax
 import pytest
-from helpers import but
 from jax.tree_util import Partial
 
 import bilevel_jax as bj
@@ -87,8 +86,8 @@ def weighed(weights, x, solution):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", but(["kl"], ["shannon", "kl"]))
-@pytest.mark.parametrize("temperature", but([1e-4], [1.0, 1e-2, 1e-3, 1e-4]))
+@pytest.mark.parametrize("kind", ["shannon", "kl"])
+@pytest.mark.parametrize("temperature", [1.0, 0.01, 0.001, 0.0001])
 def test_against_sixty_digits(kind, temperature):
     discount = 0.9
     for seed in range(4):
@@ -115,7 +114,7 @@ def near_tie(temperature):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("temperature", but([1e-4], [1e-2, 1e-3, 1e-4]))
+@pytest.mark.parametrize("temperature", [0.01, 0.001, 0.0001])
 def test_near_a_tie(temperature):
     kernel, reward, _ = near_tie(temperature)
     discount, weights = 0.5, np.array([[1.0, -1.0], [0.5, 2.0]])

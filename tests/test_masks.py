@@ -220,7 +220,7 @@ def test_derivative_of_the_value(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["shannon", pytest.param("kl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["shannon", "kl"])
 def test_second_derivative_of_the_solution(kind):
     weights = np.random.default_rng(11).normal(size=MASK.shape)
 

@@ -108,7 +108,7 @@ def measures(layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["successor", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["successor", "dense"])
 def test_derivatives_agree_with_finite_differences(layout):
     axis = 0 if layout == "successor" else -1
     arguments = {

@@ -103,9 +103,7 @@ def test_an_error_of_the_optimizer_is_its_own():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("make", "optimizer"), [(implicit, "lbfgs"), pytest.param(m_sobirl, "polyak_sgd", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("make", "optimizer"), [(implicit, "lbfgs"), (m_sobirl, "polyak_sgd")])
 def test_the_second_step_compiles_nothing(make, optimizer):
     import importlib
 

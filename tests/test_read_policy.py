@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import but
 
 import bilevel_jax as bj
 from bilevel_jax.bellman import read_policy
@@ -30,7 +29,7 @@ READERS = {"plain": read, "jit": jax.jit(read), "vmap": stacked, "checkpoint": j
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reader", but(["jit"], READERS))
+@pytest.mark.parametrize("reader", READERS)
 def test_only_a_policy_that_is_used_raises(reader):
     function = READERS[reader]
     # The value of a function that returns both is differentiable, also under further transformations.

@@ -594,9 +594,9 @@ def one_point(key: str, values: dict) -> list:
     ("problem", "lower", "adjoint", "optimizer"),
     [
         ("synthetic", "value_iteration", "descent", "adam"),
-        pytest.param("synthetic", "policy_iteration", "gmres", "sgd", marks=pytest.mark.slow),
-        pytest.param("four_rooms", "policy_iteration", "neumann", "sgd", marks=pytest.mark.slow),
-        pytest.param("four_rooms", "value_iteration", "gmres", "adam", marks=pytest.mark.slow),
+        ("synthetic", "policy_iteration", "gmres", "sgd"),
+        ("four_rooms", "policy_iteration", "neumann", "sgd"),
+        ("four_rooms", "value_iteration", "gmres", "adam"),
     ],
 )
 def test_every_sweepable_key_runs(problem, lower, adjoint, optimizer, tmp_path):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import but, flat
+from helpers import flat
 from sampled_helpers import KEY, EndingGarnet, WholeGarnet, garnet, quick_jit, require_mean, setting
 
 import bilevel_jax as bj
@@ -107,7 +107,7 @@ def with_rate(state, rate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", but(set(ALGORITHMS) - COSTLY, ALGORITHMS))
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_protocol(name):
     """One compilation whatever the numbers; infos; same key, same bits; NaN is reported."""
     algorithm, x = algorithm_of(name), 0.1 * jax.random.normal(KEY, (5, 2))
@@ -289,7 +289,7 @@ def summed(problem, groups, direct, term):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, pytest.param(EndingGarnet, marks=pytest.mark.slow)], ids=["garnet", "ending"])
+@pytest.mark.parametrize("kind", [None, EndingGarnet], ids=["garnet", "ending"])
 def test_hpgd_as_published(kind):
     problem = garnet() if kind is None else garnet(kind)
     x = 0.5 * jax.random.normal(KEY, (5, 2))
@@ -303,7 +303,7 @@ def test_hpgd_as_published(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [None, pytest.param(EndingGarnet, marks=pytest.mark.slow)], ids=["garnet", "ending"])
+@pytest.mark.parametrize("kind", [None, EndingGarnet], ids=["garnet", "ending"])
 def test_bc_hg_as_published(kind):
     """From a critic that knows something already."""
     problem = garnet() if kind is None else garnet(kind)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import ACTIONS, STATES, but, random_process, upper_problem, upper_start
+from helpers import ACTIONS, STATES, random_process, upper_problem, upper_start
 from optax import projections
 from sampled_helpers import garnet
 
@@ -65,7 +65,7 @@ def run(algorithm, x, steps):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", but(["sobirl", "m_sobirl", "implicit"], ALGORITHMS))
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_projection_in_every_algorithm(name):
     problem = garnet()
     x = 0.1 * jax.random.normal(KEY, (5, 2))
@@ -81,7 +81,7 @@ def test_projection_in_every_algorithm(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", but(["m_sobirl"], ALGORITHMS))
+@pytest.mark.parametrize("name", ALGORITHMS)
 def test_schedule_of_the_temperature_in_every_algorithm(name):
     problem, x = garnet(temperature=0.5), 0.1 * jax.random.normal(KEY, (5, 2))
     hot = garnet(temperature=2.0)
@@ -122,7 +122,7 @@ def brute_force(problem, count=80):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", but(["m_sobirl", "implicit"], MODEL))
+@pytest.mark.parametrize("name", MODEL)
 def test_on_the_simplex(name):
     problem = mixture()
     upper = UpperLevel(optax.sgd(0.05), projection=projections.projection_simplex)

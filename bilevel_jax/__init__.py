@@ -1,7 +1,33 @@
 """Differentiable regularized Markov decision processes and bilevel reinforcement learning in JAX."""
 
-from bilevel_jax import agents, algorithms, environments, estimators, preferences, problems
-from bilevel_jax.adjoint import (
+from bilevel_jax import agents, algorithms, environments, estimators, interchange, preferences, problems, replay
+from bilevel_jax.bilevel import BilevelProblem, Problem, SampledBilevelProblem, SampledProblem
+from bilevel_jax.core.errors import ConvergenceError, InputError
+from bilevel_jax.core.functions import ActionFunction, Linear, PerAction, Table
+from bilevel_jax.core.results import MESSAGES, Result, check
+from bilevel_jax.criteria.average_reward import (
+    AverageRewardSolution,
+    AverageRewardSolver,
+    AverageRewardStats,
+    RelativePolicyIteration,
+    RelativeValueIteration,
+    solve_average_reward,
+)
+from bilevel_jax.criteria.finite_horizon import FiniteHorizonSolution, finite_horizon_occupancy, solve_finite_horizon
+from bilevel_jax.hypergradient import (
+    ExpectedTrajectories,
+    FiniteDifferences,
+    GradientCheck,
+    Hypergradient,
+    Implicit,
+    Method,
+    SimultaneousPerturbation,
+    Unrolled,
+    check_gradient,
+    hessian_vector_product,
+    hypergradient,
+)
+from bilevel_jax.linear import (
     GMRES,
     AdaptiveKrylov,
     BiCGStab,
@@ -15,38 +41,15 @@ from bilevel_jax.adjoint import (
     NeumannPreconditioner,
     Preconditioner,
 )
-from bilevel_jax.average_reward import (
-    AverageRewardSolution,
-    AverageRewardSolver,
-    AverageRewardStats,
-    RelativePolicyIteration,
-    RelativeValueIteration,
-    solve_average_reward,
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import KLDivergence, Regularizer, ShannonEntropy, TsallisEntropy, Unregularized
+from bilevel_jax.mdp.transitions import (
+    DenseTransition,
+    MatrixFreeTransition,
+    StencilTransition,
+    SuccessorTransition,
+    Transition,
 )
-from bilevel_jax.errors import ConvergenceError, InputError
-from bilevel_jax.estimators import SampledBilevelProblem, SampledProblem
-from bilevel_jax.evaluation import policy_value
-from bilevel_jax.finite_horizon import FiniteHorizonSolution, finite_horizon_occupancy, solve_finite_horizon
-from bilevel_jax.functions import Linear, Table
-from bilevel_jax.hypergradient import (
-    BilevelProblem,
-    ExpectedTrajectories,
-    FiniteDifferences,
-    GradientCheck,
-    Hypergradient,
-    Implicit,
-    Method,
-    Problem,
-    SimultaneousPerturbation,
-    Unrolled,
-    check_gradient,
-    hessian_vector_product,
-    hypergradient,
-)
-from bilevel_jax.mdp import MDP
-from bilevel_jax.occupancy import occupancy, regularized_policy_value, stationary_distribution
-from bilevel_jax.regularizers import KLDivergence, Regularizer, ShannonEntropy, TsallisEntropy, Unregularized
-from bilevel_jax.results import MESSAGES, Result, check
 from bilevel_jax.solvers import (
     AdaptivePolicyIteration,
     AndersonIteration,
@@ -60,18 +63,16 @@ from bilevel_jax.solvers import (
     ValueIteration,
     solve,
 )
-from bilevel_jax.transitions import (
-    DenseTransition,
-    MatrixFreeTransition,
-    StencilTransition,
-    SuccessorTransition,
-    Transition,
-)
+from bilevel_jax.solvers.occupancy import occupancy, stationary_distribution
+from bilevel_jax.solvers.policy_value import policy_value, regularized_policy_value
+
+__version__ = "0.1.0"
 
 __all__ = [
     "GMRES",
     "MDP",
     "MESSAGES",
+    "ActionFunction",
     "AdaptiveKrylov",
     "AdaptivePolicyIteration",
     "AndersonIteration",
@@ -104,6 +105,7 @@ __all__ = [
     "Neumann",
     "NeumannPreconditioner",
     "NewtonKrylov",
+    "PerAction",
     "PolicyIteration",
     "Preconditioner",
     "Problem",
@@ -135,11 +137,13 @@ __all__ = [
     "finite_horizon_occupancy",
     "hessian_vector_product",
     "hypergradient",
+    "interchange",
     "occupancy",
     "policy_value",
     "preferences",
     "problems",
     "regularized_policy_value",
+    "replay",
     "solve",
     "solve_average_reward",
     "solve_finite_horizon",

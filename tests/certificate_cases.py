@@ -25,7 +25,7 @@ SOLVERS = (
     "anderson",
     "adaptive",
 )
-# What solvers without linear solves get to in their `max_steps`: discounts up to 1 minus so many decades.
+# What solvers without linear solves get to in their `max_iterations`: discounts up to 1 minus so many decades.
 SWEEPING = {"value iteration": 3.0, "last backup": 3.0, "anderson": 3.0, "modified policy iteration": 5.0}
 SLOTS = 5
 BATCH = 4

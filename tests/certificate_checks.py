@@ -2,7 +2,7 @@
 
 `examine` returns one `Verdict` per case: the codes, and `Fault`s, each of a kind:
   bound            CONVERGED, and |value - V*| exceeds `error_bound`
-  bound, told      the same with another code that comes with a finite bound (MAX_STEPS, PRECISION_LIMIT)
+  bound, told      the same with another code that comes with a finite bound (MAX_ITERATIONS, PRECISION_LIMIT)
   vacuous          CONVERGED, and `error_bound` exceeds the tolerance asked for and what the problem implies: the most
                    that the optimal policy collects in a step, divided by 1 - discount
   tolerance        CONVERGED, and `error_bound` exceeds the tolerance asked for
@@ -68,8 +68,8 @@ class Verdict(NamedTuple):
         if self.code == "PRECISION_LIMIT" and case.structure.tolerance:
             below = case.seed % UNREACHABLE_EVERY == 0
             return f"PRECISION_LIMIT: a tolerance {'below' if below else 'above'} {REACHABLE} units of rounding"
-        if self.code == "MAX_STEPS" and case.discount > SWEEPING.get(solver, np.inf):
-            return "MAX_STEPS: a solver that only sweeps, near discount 1"
+        if self.code == "MAX_ITERATIONS" and case.discount > SWEEPING.get(solver, np.inf):
+            return "MAX_ITERATIONS: a solver that only sweeps, near discount 1"
         return f"{self.code}: {solver}, {case.structure.dtype}, {case.structure.kind}, reward {case.reward}"
 
 

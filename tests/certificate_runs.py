@@ -36,7 +36,7 @@ class Known(NamedTuple):
     tolerance: Any
 
 
-class Scaled(eqx.Module):
+class Scaled(bj.Problem):
     """x scales the reward, shifts each state's, and is discount and temperature; the objective is linear in V."""
 
     transition: Any

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bilevel_jax.runner import cli
+from bilevel_jax.experiments import cli
 
 
 class Called(NamedTuple):

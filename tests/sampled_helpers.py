@@ -11,8 +11,8 @@ from jax.flatten_util import ravel_pytree
 from scipy import stats
 
 import bilevel_jax as bj
+from bilevel_jax.core.functions import Table
 from bilevel_jax.estimators import estimate
-from bilevel_jax.functions import Table
 from bilevel_jax.problems.garnet import Garnet, GarnetOptions
 
 KEY = jax.random.key(7)

@@ -9,36 +9,41 @@ from pathlib import Path
 import pytest
 
 import bilevel_jax as bj
-from bilevel_jax.results import Reports
+from bilevel_jax.core.results import Reports
 
 PACKAGE = Path(bj.__file__).parent
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-CORE = sorted(name for name in MODULES if not name.startswith("bilevel_jax.runner") and name != "bilevel_jax")
+LIBRARY = sorted(name for name in MODULES if not name.startswith("bilevel_jax.experiments") and name != "bilevel_jax")
 
-# Each may import what stands above it, and its own row.
-LAYERS = [
-    {"errors", "promotion"},
-    {"results", "validation", "batching", "captures", "derivatives", "indexing"},
-    {"memory", "reductions", "rounding", "rounds"},
-    {"transitions", "functions"},
-    {"mdp", "interchange"},
-    {"regularizers", "environments"},
-    {"bellman", "preferences"},
-    {"adjoint"},
-    {"evaluation", "occupancy"},
-    {"solvers", "finite_horizon", "average_reward"},
-    {"hypergradient"},
-    {"estimators"},
-    {"agents"},
-    {"algorithms"},
-    {"runner"},
-]
-LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
-# Problems describe MDPs and simulators, evaluate policies and solve for those of experts; they know no gradients.
-LEVEL["problems"] = LEVEL["solvers"] + 0.5
+# What each part may import, beside itself: these, and what these may.
+ABOVE = {
+    "core": (),
+    "mdp": ("core",),
+    "interchange": ("mdp",),
+    "linear": ("mdp",),
+    "environments": ("mdp", "interchange"),
+    "solvers": ("linear",),
+    "criteria": ("solvers",),
+    "preferences": ("environments",),
+    "bilevel": ("solvers", "environments"),
+    "hypergradient": ("bilevel",),
+    # Problems describe MDPs and simulators, evaluate policies and solve for those of experts; they know no gradients.
+    "problems": ("bilevel", "criteria", "preferences"),
+    "estimators": ("bilevel", "hypergradient", "preferences"),
+    "replay": ("core",),
+    "agents": ("bilevel", "replay"),
+    "algorithms": ("hypergradient", "estimators", "agents", "replay", "preferences"),
+    "experiments": ("algorithms", "problems", "criteria"),
+}
+
+
+def closure(part):
+    """All that a part may import."""
+    return {part}.union(*(closure(above) for above in ABOVE[part]))
+
 
 FOREIGN = {"matplotlib", "yaml", "pydantic", "tqdm", "argparse", "pathlib", "csv"}
 
@@ -61,30 +66,53 @@ def part(name):
     return pieces[1] if pieces[0] == "bilevel_jax" and len(pieces) > 1 else None
 
 
-def test_every_module_has_a_layer():
-    assert {part(name) for name in MODULES} - {None} == set(LEVEL)
+def modules_in(names):
+    """Of full names, those of modules: of a name from a module, the module."""
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names} & set(MODULES)
+
+
+def test_every_module_has_a_part():
+    assert {part(name) for name in MODULES} - {None} == set(ABOVE)
 
 
 @pytest.mark.parametrize("name", sorted(set(MODULES) - {"bilevel_jax"}))
 def test_imports_point_one_way(name):
-    for imported in imports(name):
-        if imported.split(".")[0] == "bilevel_jax":
-            # The package as a whole stands above all but the runner.
-            assert LEVEL[part(imported) or "runner"] <= LEVEL[part(name)], f"{name} imports {imported}"
+    for imported in modules_in(imports(name)):
+        if part(imported) is None:  # the package as a whole, which only those who use it import
+            assert part(name) == "experiments", name
+        else:
+            assert part(imported) in closure(part(name)), f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("name", CORE)
-def test_core_imports_nothing_of_the_command_line(name):
+def test_no_module_imports_itself_by_others():
+    """A package counts as its own file: what imports one of its modules does not import the others."""
+    edges = {name: modules_in(imports(name)) - {name} for name in MODULES}
+    ahead = set(MODULES)
+    while ahead:  # those that import nothing of what is left are in no cycle
+        free = {name for name in ahead if not edges[name] & ahead}
+        assert free, f"a cycle among {sorted(ahead)}"
+        ahead -= free
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_library_imports_nothing_of_the_command_line(name):
     for imported in imports(name):
         assert imported.split(".")[0] not in FOREIGN, imported
-        assert part(imported) != "runner", imported
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_networks_stay_in_folders_of_their_own(name):
+    """The library knows agents and rewards by their protocols: it runs without flax."""
+    if not name.startswith(("bilevel_jax.agents.deep", "bilevel_jax.problems.deep")):
+        assert "flax" not in {imported.split(".")[0] for imported in imports(name)}
 
 
 def test_the_checks_above_see_imports():
-    assert "bilevel_jax.adjoint.LinearSolver" in imports("bilevel_jax.solvers.solve")
+    assert "bilevel_jax.linear.LinearSolver" in imports("bilevel_jax.solvers.solve")
+    assert "bilevel_jax.linear" in modules_in(imports("bilevel_jax.solvers.solve"))
     # also those inside functions
-    assert "bilevel_jax.interchange.gymnasium" in imports("bilevel_jax.mdp")
-    assert LEVEL["problems"] < LEVEL["hypergradient"]
+    assert "bilevel_jax.interchange.gymnasium.read_outcomes" in imports("bilevel_jax.environments.tabular")
+    assert "hypergradient" not in closure("problems")
 
 
 def documented(function):
@@ -119,16 +147,24 @@ def test_public_names_are_documented(name):
             assert documented(value), f"{name}.{method}"
 
 
+NAMESPACES = {
+    "agents",
+    "algorithms",
+    "environments",
+    "estimators",
+    "interchange",
+    "preferences",
+    "problems",
+    "replay",
+}
+
+
 def test_all_is_sorted_and_complete():
     assert set(bj.__all__) == set(dict.fromkeys(bj.__all__))
     public = {
         name
         for name, thing in vars(bj).items()
-        if not name.startswith("_")
-        and (
-            not inspect.ismodule(thing)
-            or name in {"agents", "algorithms", "environments", "estimators", "preferences", "problems"}
-        )
+        if not name.startswith("_") and (not inspect.ismodule(thing) or name in NAMESPACES)
     }
     assert public == set(bj.__all__)
 
@@ -151,7 +187,7 @@ assert not xla_bridge._backends, "a backend was started"
 after = dict(jax.config.values)
 assert before == after, {k: (before.get(k), v) for k, v in after.items() if before.get(k) != v}
 import sys
-loaded = {"matplotlib", "yaml", "pydantic", "tqdm", "bilevel_jax.runner"} & set(sys.modules)
+loaded = {"flax", "matplotlib", "yaml", "pydantic", "tqdm", "bilevel_jax.experiments"} & set(sys.modules)
 assert not loaded, loaded
 print("quiet")
 """
@@ -160,3 +196,11 @@ print("quiet")
 def test_importing_starts_and_changes_nothing():
     done = subprocess.run([sys.executable, "-W", "error", "-c", IMPORT], capture_output=True, text=True, check=False)
     assert done.stdout == "quiet\n", done.stderr
+
+
+def test_the_package_is_found_beside_a_folder_of_its_name(tmp_path):
+    """As in the folder that a clone named bilevel_jax lies in."""
+    (tmp_path / "bilevel_jax" / "bilevel_jax").mkdir(parents=True)
+    code = "import bilevel_jax; print(bilevel_jax.__file__, bilevel_jax.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == f"{bj.__file__} {bj.__version__}\n", done.stderr

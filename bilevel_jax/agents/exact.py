@@ -2,26 +2,46 @@
 
 from typing import Any
 
-import jax
+import equinox as eqx
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from bilevel_jax.agents.protocol import Agent
-from bilevel_jax.errors import InputError
-from bilevel_jax.functions import Table
-from bilevel_jax.hypergradient import Problem, lower_level
-from bilevel_jax.results import where_converged
+from bilevel_jax.bilevel import Problem, lower_level
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.results import where_converged
+from bilevel_jax.environments import TabularPolicy
 from bilevel_jax.solvers import Solver, solve
 
 
+class ExactState(eqx.Module):
+    """`value` V, from which the next solve starts; `policy`; `error_bound` of V, infinite before the first
+    solve.
+    """
+
+    value: Float[Array, "*contexts S"]
+    policy: TabularPolicy
+    error_bound: Float[Array, ""]
+
+
 class ExactAgent(Agent):
-    """Solves the lower level on the model, warm-started; takes no steps of the simulator.
+    """An agent that solves the lower level on the model, warm-started. It takes no steps of the simulator.
 
     Args:
-      solver: of the lower level; None is `Auto()`. One of your own may stop early, what it leaves is the answer; where
-        `Auto()` does, which is to solve, the policy is NaN.
+      solver: the solver of the lower level; None is `Auto()`. A solver of your own may stop early, and the policy is
+        then the one that it reached. Where `Auto()` stops early, which it should not, the policy is NaN.
 
     Raises:
       InputError: the problem has no model, i.e. not the methods of `bilevel_jax.Problem`.
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> x = problem.start(jax.random.key(0))
+      >>> agent = bj.agents.ExactAgent()
+      >>> state = agent.init(jax.random.key(1), problem, x)
+      >>> state = agent.improve(jax.random.key(2), state, problem, x)
+      >>> bj.environments.policy_table(agent.policy(state, problem, x), 8).shape
+      (8, 3)
     """
 
     solver: Solver | None = None
@@ -35,24 +55,28 @@ class ExactAgent(Agent):
             )
         reward = problem.mdp(x).reward
         uniform = jnp.full_like(reward, 1 / reward.shape[-1])
-        return jnp.zeros_like(reward[..., 0]), _table(uniform)
+        return ExactState(jnp.zeros_like(reward[..., 0]), _table(uniform), jnp.full((), jnp.inf, reward.dtype))
 
     def improve(self, key, state, problem, x):
         del key
         model: Any = problem
-        solution = solve(*lower_level(model, x), solver=self.solver, initial_value=state[0])
+        solution = solve(*lower_level(model, x), solver=self.solver, initial_value=state.value)
         policy = solution.policy if self.solver is not None else where_converged(solution.result, solution.policy)
-        return solution.value, _table(policy)
+        return ExactState(solution.value, _table(policy), jnp.max(solution.stats.error_bound))
 
     def policy(self, state, problem, x):
         del problem, x
-        return state[1]
+        return state.policy
 
     def environment_steps(self, problem):
         del problem
         return 0
 
+    def report(self, state):
+        """Return `value_error_bound`, the bound on |V - V*|, the largest over all states and contexts."""
+        return {"value_error_bound": state.error_bound}
 
-def _table(policy: jax.Array) -> Table:
-    """[..., S, A] as the table of the flattened contexts."""
-    return Table(policy.reshape(-1, policy.shape[-1]))
+
+def _table(policy: Float[Array, "*contexts S A"]) -> TabularPolicy:
+    """The policies of contexts as the policy of the flattened contexts."""
+    return TabularPolicy(policy.reshape(-1, policy.shape[-1]))

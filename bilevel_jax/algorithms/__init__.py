@@ -1,36 +1,48 @@
 """Algorithms for the upper level. Each is a pair: init(key, x) -> state, step(key, state) -> (state, info)."""
 
-from bilevel_jax.algorithms.amd import amd
-from bilevel_jax.algorithms.attenuating_actor_critic import Attenuation, attenuating_actor_critic
+from bilevel_jax.algorithms import cost
+from bilevel_jax.algorithms.base import Algorithm, Estimate, Info, Report, State
 from bilevel_jax.algorithms.basin_hopping import basin_hopping
-from bilevel_jax.algorithms.bc_hg import bc_hg
-from bilevel_jax.algorithms.hpgd import hpgd
-from bilevel_jax.algorithms.implicit import implicit
-from bilevel_jax.algorithms.m_sobirl import m_sobirl
-from bilevel_jax.algorithms.naive import naive
-from bilevel_jax.algorithms.pbrl import pbrl
-from bilevel_jax.algorithms.protocol import Algorithm
-from bilevel_jax.algorithms.sobirl import Reuse, sobirl
-from bilevel_jax.algorithms.stoc_sobirl import StocSchedule, stoc_schedule, stoc_sobirl
-from bilevel_jax.algorithms.upper import Cooling, UpperLevel
-from bilevel_jax.algorithms.zero_order import zero_order
+from bilevel_jax.algorithms.model.amd import amd
+from bilevel_jax.algorithms.model.implicit import implicit
+from bilevel_jax.algorithms.model.m_sobirl import m_sobirl
+from bilevel_jax.algorithms.model.pbrl import pbrl
+from bilevel_jax.algorithms.registry import algorithm_names, make_algorithm, register_algorithm, requires
+from bilevel_jax.algorithms.sampled.attenuating_actor_critic import attenuating_actor_critic
+from bilevel_jax.algorithms.sampled.bc_hg import bc_hg
+from bilevel_jax.algorithms.sampled.hpgd import hpgd
+from bilevel_jax.algorithms.sampled.naive import naive
+from bilevel_jax.algorithms.sampled.sobirl import Reuse, sobirl
+from bilevel_jax.algorithms.sampled.stoc_sobirl import StocSchedule, stoc_schedule, stoc_sobirl
+from bilevel_jax.algorithms.sampled.zero_order import zero_order
+from bilevel_jax.algorithms.upper import UpperLevel
+from bilevel_jax.core.schedules import Attenuation, Cooling
 
 __all__ = [
     "Algorithm",
     "Attenuation",
     "Cooling",
+    "Estimate",
+    "Info",
+    "Report",
     "Reuse",
+    "State",
     "StocSchedule",
     "UpperLevel",
+    "algorithm_names",
     "amd",
     "attenuating_actor_critic",
     "basin_hopping",
     "bc_hg",
+    "cost",
     "hpgd",
     "implicit",
     "m_sobirl",
+    "make_algorithm",
     "naive",
     "pbrl",
+    "register_algorithm",
+    "requires",
     "sobirl",
     "stoc_schedule",
     "stoc_sobirl",

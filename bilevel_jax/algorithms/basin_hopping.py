@@ -1,54 +1,68 @@
-"""Basin hopping: descents from many starts, some of them near the best x so far, of which the best end is kept."""
+"""Basin hopping: descents from many starts, some near the best x so far. The best end of all descents is kept."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from bilevel_jax.algorithms.protocol import ModelInfo, jit_step
-from bilevel_jax.algorithms.upper import Cooling
-from bilevel_jax.errors import InputError
-from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level
-from bilevel_jax.results import Result
+from bilevel_jax.algorithms.base import Algorithm, Info, Report, State, jit_step
+from bilevel_jax.algorithms.model.base import ModelAlgorithm
+from bilevel_jax.algorithms.model.implicit import implicit
+from bilevel_jax.algorithms.registry import register_algorithm
+from bilevel_jax.algorithms.upper import UpperLevel
+from bilevel_jax.bilevel import Problem, as_upper_variable, lower_level
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.results import Result
+from bilevel_jax.core.schedules import Cooling
+from bilevel_jax.core.validation import as_float, as_size, require_positive, require_probability
 from bilevel_jax.solvers import solve
-from bilevel_jax.validation import as_float, as_size, require_positive, require_probability
 
 
-class BasinHoppingState(eqx.Module):
-    """What one descent hands to the next.
+class Best(eqx.Module):
+    """`objective`: the exact objective of the best end so far.
 
-    `x`: the best end so far (the start until there is one), and its exact `objective`. `origin`: where the first
-    descent starts, around which others do. `iteration`: how many descents were made.
+    `origin`: the start of the first descent; some later starts are near it.
     """
 
-    x: Any
-    objective: jax.Array
+    objective: Float[Array, ""]
     origin: Any
-    iteration: jax.Array
 
 
 class BasinHopping(eqx.Module):
-    """See `basin_hopping`."""
+    """See `basin_hopping`. The state's x is the best end so far, the start until there is one; its memory is `Best`."""
 
-    algorithm: Any
+    algorithm: Algorithm
     descent: int = eqx.field(static=True)
-    spread: jax.Array
-    fresh: jax.Array
+    spread: Float[Array, ""]
+    fresh: Float[Array, ""]
+
+    @classmethod
+    def requires(cls, problem: Any) -> str | None:
+        """None where the problem has a model, or else the reason why not."""
+        return ModelAlgorithm.requires(problem)
 
     @property
     def problem(self) -> Problem:
         """The problem of the descents."""
         return self.algorithm.problem
 
-    def init(self, key: jax.Array, x: Any) -> BasinHoppingState:
+    @property
+    def upper(self) -> UpperLevel:
+        """The upper level of the descents, which projects x."""
+        return self.algorithm.upper
+
+    def init(self, key: PRNGKeyArray, x: Any) -> State:
         """The state at x, nothing solved yet. Raises InputError as the algorithm of the descents does."""
         x = self.algorithm.init(key, as_upper_variable(x)).x
         dtype = lower_level(self.problem, x)[0].reward.dtype
-        return BasinHoppingState(x, jnp.asarray(jnp.inf, dtype), x, jnp.asarray(0, jnp.int32))
+        return State(x, Best(jnp.asarray(jnp.inf, dtype), x), None, jnp.asarray(0, jnp.int32))
 
-    def step(self, key: jax.Array, state: BasinHoppingState) -> tuple[BasinHoppingState, ModelInfo]:
+    def step(self, key: PRNGKeyArray, state: State) -> tuple[State, Info]:
         """One whole descent from a new start."""
         return _step(self, key, state)
 
@@ -56,29 +70,40 @@ class BasinHopping(eqx.Module):
 def basin_hopping(algorithm: Any, *, descent: int = 300, spread: Any = 3.0, fresh: Any = 0.5) -> BasinHopping:
     """Basin hopping (Wales and Doye 1997, J. Phys. Chem. A 101) over descents of any algorithm that knows the model.
 
-    For objectives with many local optima, as those of agents at low temperature have. A step draws a start, lets the
-    algorithm make `descent` iterations from there, and keeps the end if phi is lower there than at any end before.
+    It is for objectives with many local optima, such as those of agents at low temperature. A step draws a start, lets
+    the algorithm make `descent` iterations from there, and keeps the end if phi is lower there than at any end before.
     The first start is the given x; the others are
 
-      base + spread u z,   u uniform on [0, 1], z normal,
+      base + spread u z,   u uniform on [0, 1], z normal.
 
-    base being the given x with probability `fresh`, and the best x so far otherwise. The acceptance is greedy: of
-    the original Metropolis rule, the temperature 0. A descent begins with a new state of the algorithm, so that
-    schedules of its step size and of the problem's temperature (`UpperLevel`) start anew.
+    base is the given x with probability `fresh`, and the best x so far otherwise. The acceptance is greedy, which is
+    the original Metropolis rule at temperature 0. Each descent begins with a new state of the algorithm, so that
+    schedules of its step size and of the problem's temperature (`UpperLevel`) start again.
 
     Args:
       algorithm: e.g. `implicit(problem, UpperLevel(optimizer, temperature=Cooling(5, 100)))`, or `m_sobirl`.
-      descent: its iterations a step (static).
-      spread: standard deviation of the perturbation at most, in units of x.
-      fresh: probability of a start around the given x.
+      descent: the number of its iterations per step (static).
+      spread: the largest standard deviation of the perturbation, in units of x.
+      fresh: the probability of a start near the given x.
 
     Returns:
-      An `Algorithm` whose step is a descent: `state.x` is the best x, `info` the algorithm's report of the last
-      iteration, with the best exact phi as `objective` and the counts of the whole descent in its stats.
+      `init` and `step` as an `Algorithm` has them, a step being a descent: `state.x` is the best x, `info` the
+      algorithm's report of the last iteration, with the best exact phi as `objective` and the counts of the whole
+      descent in its stats.
 
     Raises:
       InputError: an algorithm that learns from samples, sizes or numbers out of range.
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> algorithm = bj.algorithms.basin_hopping(bj.algorithms.implicit(problem, optax.adam(0.1)), descent=5)
+      >>> state = algorithm.init(jax.random.key(0), problem.start(jax.random.key(1)))
+      >>> state, info = algorithm.step(jax.random.key(2), state)
+      >>> state.x.shape, info.objective.shape
+      ((8, 3), ())
     """
+    if isinstance(algorithm, BasinHopping):
+        raise InputError("algorithm: BasinHopping is descents already; give it more steps, or the algorithm within it")
     if not isinstance(getattr(algorithm, "problem", None), Problem) or hasattr(algorithm, "agent"):
         raise InputError(
             f"algorithm: {type(algorithm).__name__} does not know the model, ends could not be compared; take e.g. "
@@ -103,12 +128,13 @@ def _step(hopping, key, state):
 
     inner, infos = lax.scan(iterate, inner, jnp.arange(hopping.descent))
     solution = solve(*lower_level(problem, inner.x))
-    found = problem.objective(inner.x, solution).astype(state.objective.dtype)
+    found = problem.objective(inner.x, solution).astype(state.memory.objective.dtype)
     found = jnp.where(jnp.all(solution.result == Result.CONVERGED), found, jnp.nan)
-    better = found < state.objective  # False also for NaN: an end whose phi is not known is not kept
+    better = found < state.memory.objective  # False also for NaN: an end whose phi is not known is not kept
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), inner.x, state.x)
-    objective = jnp.where(better, found, state.objective)
-    return BasinHoppingState(best, objective, state.origin, state.iteration + 1), _summed(infos, objective)
+    objective = jnp.where(better, found, state.memory.objective)
+    following = State(best, Best(objective, state.memory.origin), None, state.iteration + 1)
+    return following, _summed(infos, objective)
 
 
 def _reheated(algorithm, key, state):
@@ -132,17 +158,39 @@ def _start(hopping, key, state):
         base = jnp.where(afresh, origin, near)
         return base + size.astype(base.dtype) * jax.random.normal(key, base.shape, base.dtype)
 
-    return jax.tree.map(move, state.x, state.origin, keys)
+    return jax.tree.map(move, state.x, state.memory.origin, keys)
 
 
-def _summed(infos: ModelInfo, objective: jax.Array) -> ModelInfo:
+def _summed(infos: Info, objective: Float[Array, ""]) -> Info:
     """The report of the last iteration, with the counts of all."""
     last = jax.tree.map(lambda leaf: leaf[-1], infos)
-    counts = [(lambda i: i.objective, objective)]
-    for where in (lambda i: i.lower_stats.steps, lambda i: i.lower_stats.products):
-        counts.append((where, jnp.sum(where(infos), 0)))
-    if infos.adjoint_stats is not None:
-        counts.append((lambda i: i.adjoint_stats.steps, jnp.sum(infos.adjoint_stats.steps, 0)))
-    for where, value in counts:
-        last = eqx.tree_at(where, last, value)
-    return last
+    reports = dict(last.reports)
+    for name, report in last.reports.items():
+        if isinstance(report, Report) and report.stats is not None:
+            counted = {f.name for f in dataclasses.fields(report.stats)} & {"iterations", "products"}
+            sums = {field: jnp.sum(getattr(infos.reports[name].stats, field), 0) for field in counted}
+            reports[name] = Report(report.result, dataclasses.replace(report.stats, **sums))
+    transitions = jnp.sum(infos.transitions, 0)
+    return dataclasses.replace(last, objective=objective, transitions=transitions, reports=reports)
+
+
+def basin_hopping_on(
+    problem: Problem,
+    upper: UpperLevel | optax.GradientTransformation,
+    *,
+    algorithm: Algorithm | None = None,
+    descent: int = 300,
+    spread: Any = 3.0,
+    fresh: Any = 0.5,
+) -> BasinHopping:
+    """Basin hopping (Wales and Doye 1997): descents from many starts, of which the best end is kept.
+
+    Args:
+      algorithm: of the descents; None is `implicit(problem, upper)`.
+      descent, spread, fresh: see `basin_hopping`.
+    """
+    algorithm = implicit(problem, upper) if algorithm is None else algorithm
+    return basin_hopping(algorithm, descent=descent, spread=spread, fresh=fresh)
+
+
+register_algorithm("basin_hopping", basin_hopping_on)

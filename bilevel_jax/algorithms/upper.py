@@ -1,47 +1,62 @@
-"""The upper level's side of every algorithm: optimizer, the set that x stays in, the temperature's schedule."""
+"""The upper level's part of every algorithm: optimizer, the set in which x stays, the schedule of the temperature."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Integer
 
-from bilevel_jax.errors import InputError
-from bilevel_jax.functions import as_pytree
-from bilevel_jax.hypergradient import Problem, as_upper_variable, lower_level
-from bilevel_jax.mdp import MDP
-from bilevel_jax.promotion import usual_promotion
-from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.solvers import Solution
-from bilevel_jax.validation import as_float, require_computable, require_instance, require_positive
+from bilevel_jax.bilevel import Problem, as_upper_variable, at_temperature, lower_level
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.functions import as_pytree
+from bilevel_jax.core.promotion import usual_promotion
+from bilevel_jax.core.validation import as_float, require_computable, require_instance
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import Regularizer
 
 
 class UpperLevel(eqx.Module):
     """How x moves. Every algorithm takes one in place of a bare optimizer.
 
     Args:
-      optimizer: an optax transformation, also one that asks for `value` or `grad`, such as `optax.polyak_sgd()`;
-        for the algorithm `implicit` also one that searches along a line, such as `optax.lbfgs()`: it asks for
-        `value_fn`, which others refuse in `init`. Build it once: a new one is a new structure.
+      optimizer: an optax transformation. It may ask for `value` or `grad`, as `optax.polyak_sgd()` does. With the
+        algorithm `implicit` it may also search along a line, as `optax.lbfgs()` does: it then asks for `value_fn`,
+        which the other algorithms refuse in `init`. Build it once: a new one is a new structure.
       projection: x -> the nearest point of a closed convex set, e.g. `optax.projections.projection_simplex`
         or `jax.tree_util.Partial(optax.projections.projection_box, lower=0, upper=1)`: x is projected after
-        each update of the optimizer (projected gradient), and at the start. An info's `stationarity`
-        is then |x - projection(x - gradient)|_2, which is 0 exactly at points that satisfy the first-order
-        conditions; without a projection it is the gradient's norm.
+        each update of the optimizer (projected gradient), and at the start. An info's `stationarity` is then
+        |x - projection(x - gradient)|_2, which is 0 exactly at points that satisfy the first-order conditions. Without
+        a projection it is the gradient's norm.
       temperature: iteration -> factor that multiplies the problem's temperature, e.g. `Cooling(10, 1_000)`:
         continuation from ten times the temperature to the problem's own in a thousand iterations. Objective and
         gradient are those of the problem at the current temperature.
+      hyperparameters: numbers by name that replace those of an optimizer made by `optax.inject_hyperparams`. Here they
+        are leaves, so that runs that differ only in a learning rate are one program.
 
     Raises:
-      InputError: an optimizer of another type, a projection or a schedule that is not callable.
+      InputError: an optimizer of another type, a projection or a schedule that is not callable; in `init`,
+        hyperparameters that the optimizer does not have.
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> algorithm = bj.algorithms.implicit(
+      ...     problem,
+      ...     bj.algorithms.UpperLevel(optax.adam(0.1), projection=optax.projections.projection_non_negative),
+      ... )
+      >>> state = algorithm.init(jax.random.key(0), problem.start(jax.random.key(1)))
+      >>> state, info = algorithm.step(jax.random.key(2), state)
+      >>> state.x.shape, info.objective.shape
+      ((8, 3), ())
     """
 
     optimizer: optax.GradientTransformation = eqx.field(static=True)
     projection: Callable | None
     temperature: Callable | None
+    hyperparameters: dict[str, Float[Array, ""]]
 
     def __init__(
         self,
@@ -49,14 +64,21 @@ class UpperLevel(eqx.Module):
         *,
         projection: Callable | None = None,
         temperature: Callable | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
     ):
         require_instance("optimizer", optimizer, optax.GradientTransformation)
         self.optimizer = optimizer
         self.projection = None if projection is None else as_pytree("projection", projection)
         self.temperature = None if temperature is None else as_pytree("temperature", temperature)
+        given = {} if hyperparameters is None else hyperparameters
+        self.hyperparameters = {name: as_float(f"hyperparameters[{name!r}]", given[name], float) for name in given}
+
+    def without_temperature(self) -> "UpperLevel":
+        """Return the same, at the problem's own temperature."""
+        return UpperLevel(self.optimizer, projection=self.projection, hyperparameters=self.hyperparameters)
 
     def project(self, x: Any) -> Any:
-        """x, or the nearest point that is allowed."""
+        """Return x, or the nearest point that is allowed."""
         if self.projection is None:
             return x
         with usual_promotion():  # optax's code need not keep to a strict one
@@ -82,7 +104,7 @@ class UpperLevel(eqx.Module):
           InputError: the optimizer's update asks for what the algorithm does not have.
         """
         with usual_promotion():
-            state = jax.tree.map(_strongly_typed, self.optimizer.init(x))
+            state = jax.tree.map(_strongly_typed, self._with_hyperparameters(self.optimizer.init(x)))
         if isinstance(self.optimizer, optax.GradientTransformationExtraArgs):
             value = jnp.zeros((), jnp.result_type(*jax.tree.leaves(x)) if jax.tree.leaves(x) else float)
             try:
@@ -96,9 +118,21 @@ class UpperLevel(eqx.Module):
                 ) from None
         return state
 
+    def _with_hyperparameters(self, state: Any) -> Any:
+        """The optimizer's state with the numbers that were given. Raises InputError."""
+        if not self.hyperparameters:
+            return state
+        own = getattr(state, "hyperparams", {})
+        for name in self.hyperparameters:
+            if name not in own:
+                has = ", ".join(own) or "none; make it by optax.inject_hyperparams"
+                raise InputError(f"hyperparameters: the optimizer has no {name!r}; it has {has}")
+        new = {name: jnp.asarray(self.hyperparameters.get(name, old), old.dtype) for name, old in own.items()}
+        return state._replace(hyperparams=new)
+
     def update(
-        self, gradient: Any, optimizer_state: Any, x: Any, value: jax.Array, value_fn: Callable | None = None
-    ) -> tuple[Any, Any, jax.Array]:
+        self, gradient: Any, optimizer_state: Any, x: Any, value: Float[Array, ""], value_fn: Callable | None = None
+    ) -> tuple[Any, Any, Float[Array, ""]]:
         """(next x, next state of the optimizer, stationarity at x).
 
         Args:
@@ -115,10 +149,14 @@ class UpperLevel(eqx.Module):
             updates, optimizer_state = optimizer.update(gradient, before, x, **values)
         # Of another type, the next iteration would be another program.
         optimizer_state = jax.tree.map(_strongly_typed, optimizer_state, before)
+        return self.project(optax.apply_updates(x, updates)), optimizer_state, self.stationarity(x, gradient)
+
+    def stationarity(self, x: Any, gradient: Any) -> Float[Array, ""]:
+        """|x - projection(x - gradient)|_2, and the gradient's 2-norm without a projection."""
+        if self.projection is None:
+            return optax.tree.norm(gradient)
         moved = jax.tree.map(lambda leaf, g: leaf - g.astype(leaf.dtype), x, gradient)
-        step = jax.tree.map(lambda leaf, to: leaf - to, x, self.project(moved))
-        stationarity = optax.tree.norm(gradient if self.projection is None else step)
-        return self.project(optax.apply_updates(x, updates)), optimizer_state, stationarity
+        return optax.tree.norm(jax.tree.map(lambda leaf, to: leaf - to, x, self.project(moved)))
 
 
 def _no_value(*args: Any, **kwargs: Any) -> Any:
@@ -136,69 +174,17 @@ def _strongly_typed(leaf: Any, like: Any = None) -> Any:
     return leaf if jnp.issubdtype(dtype, jax.dtypes.extended) else leaf.astype(dtype)
 
 
-class Cooling(eqx.Module):
-    """A schedule of the temperature: the factor start^(1 - iteration / steps), and 1 from `steps` iterations on.
-
-    Raises:
-      InputError: a start or steps that are not above 0.
-    """
-
-    start: jax.Array
-    steps: jax.Array
-
-    def __init__(self, start: Any, steps: Any):
-        self.start, self.steps = as_float("start", start, float), as_float("steps", steps, float)
-        require_positive("start", self.start, "10 begins at ten times the temperature")
-        require_positive("steps", self.steps, "it is the number of iterations until the problem's own temperature")
-
-    def __call__(self, iteration: Any) -> jax.Array:
-        return self.start ** jnp.maximum(0, 1 - iteration / self.steps)
-
-
 def as_upper_level(optimizer: Any) -> UpperLevel:
-    """An `UpperLevel`, of a bare optimizer if that is what was given."""
+    """Return an `UpperLevel`, also for a bare optimizer."""
     return optimizer if isinstance(optimizer, UpperLevel) else UpperLevel(optimizer)
 
 
-def at_iteration(algorithm: Any, iteration: jax.Array) -> Any:
-    """The algorithm with the problem of that iteration, as its schedule of the temperature has it."""
+def at_iteration(algorithm: Any, iteration: Integer[Array, ""]) -> Any:
+    """Return the algorithm with the problem of an iteration, at the temperature of its schedule."""
     upper = algorithm.upper
     require_computable("problem", algorithm.problem, any_floats=True)
     if upper.temperature is None:
         return algorithm
-    kind = _ModelAtTemperature if isinstance(algorithm.problem, Problem) else _AtTemperature
     with usual_promotion():
-        problem = kind(algorithm.problem, upper.temperature(iteration))
-    return dataclasses.replace(
-        algorithm, problem=problem, upper=UpperLevel(upper.optimizer, projection=upper.projection)
-    )
-
-
-class _AtTemperature(eqx.Module):
-    """A problem with its temperature multiplied by `factor`; the rest is its own."""
-
-    problem: Any
-    factor: jax.Array
-
-    def regularizer(self, x: Any) -> Regularizer:
-        """The problem's, at the other temperature. Raises InputError if it has none."""
-        regularizer = self.problem.regularizer(x)
-        if not regularizer.smooth:
-            raise InputError(f"temperature: {type(regularizer).__name__} has none to multiply; leave the schedule out")
-        own = regularizer.temperature
-        return eqx.tree_at(lambda r: r.temperature, regularizer, own * jnp.asarray(self.factor, own.dtype))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("problem", "factor"):  # what Python and JAX look for is not forwarded
-            raise AttributeError(name)
-        return getattr(self.problem, name)
-
-
-class _ModelAtTemperature(_AtTemperature):
-    """One that can be solved exactly: a `Problem`, which is told by its methods."""
-
-    def mdp(self, x: Any) -> MDP:
-        return self.problem.mdp(x)
-
-    def objective(self, x: Any, solution: Solution) -> jax.Array:
-        return self.problem.objective(x, solution)
+        problem = at_temperature(algorithm.problem, upper.temperature(iteration))
+    return dataclasses.replace(algorithm, problem=problem, upper=upper.without_temperature())

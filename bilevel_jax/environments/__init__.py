@@ -1,24 +1,52 @@
-"""Simulators as pure functions, any `MDP` as one, and batches of trajectories from them."""
+"""Simulators as pure functions, any `MDP` as one, policies, and batches of trajectories."""
 
+from bilevel_jax.environments.collect import collect
 from bilevel_jax.environments.gymnax import GymnaxEnvironment
+from bilevel_jax.environments.policies import (
+    Categorical,
+    Distribution,
+    Policy,
+    PolicyFunction,
+    TabularPolicy,
+    as_policy,
+    policy_table,
+)
 from bilevel_jax.environments.protocol import Environment, TimeStep, Trajectory, require_every_action
 from bilevel_jax.environments.rollout import random_segments, rollout, rollout_from, segments, trajectory_keys
+from bilevel_jax.environments.spaces import Box, Discrete, as_space
 from bilevel_jax.environments.tabular import TabularEnvironment, flatten_contexts
+from bilevel_jax.environments.vector import Processes, start_processes, with_restarts
+from bilevel_jax.environments.visits import Visits
 from bilevel_jax.environments.wrappers import AutoReset, TimeLimit
 
 __all__ = [
     "AutoReset",
+    "Box",
+    "Categorical",
+    "Discrete",
+    "Distribution",
     "Environment",
     "GymnaxEnvironment",
+    "Policy",
+    "PolicyFunction",
+    "Processes",
     "TabularEnvironment",
+    "TabularPolicy",
     "TimeLimit",
     "TimeStep",
     "Trajectory",
+    "Visits",
+    "as_policy",
+    "as_space",
+    "collect",
     "flatten_contexts",
+    "policy_table",
     "random_segments",
     "require_every_action",
     "rollout",
     "rollout_from",
     "segments",
+    "start_processes",
     "trajectory_keys",
+    "with_restarts",
 ]

@@ -1,4 +1,4 @@
-"""Simulators written for gymnax, or in its manner, as environments. Needs no gymnax itself."""
+"""Simulators with the interface of gymnax as environments. gymnax itself is not needed."""
 
 import inspect
 from collections.abc import Callable
@@ -8,11 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.promotion import usual_promotion
+from bilevel_jax.core.validation import as_array
 from bilevel_jax.environments.protocol import Environment, TimeStep
-from bilevel_jax.errors import InputError
-from bilevel_jax.promotion import usual_promotion
-from bilevel_jax.validation import as_array, is_known
+from bilevel_jax.environments.spaces import Discrete, Space, as_count, as_space
 
 
 class GymnaxEnvironment(Environment):
@@ -28,22 +30,35 @@ class GymnaxEnvironment(Environment):
 
     The state is (state of `environment`, observation). Its leaves keep the types that reset gives them.
 
-    One `done` means truncated where `environment.is_truncated(state, parameters)` says so or, without that
-    method, where `state.time` has reached `parameters.max_steps_in_episode`: a process that ends by itself
-    in its last permitted step then counts as truncated, as nothing tells it apart. Where only a `step` that
-    resets by itself is there (gymnax's wrappers), the observation of the end is `info["final_observation"]`
-    if there is one; otherwise the new process's, and every `done` means terminated.
+    A single `done` means truncated where `environment.is_truncated(state, parameters)` says so. Without that method it
+    means truncated where `state.time` has reached `parameters.max_steps_in_episode`. A process that ends by itself in
+    its last permitted step then counts as truncated, because nothing distinguishes the two. Some environments only
+    have a `step` that resets by itself (gymnax's wrappers). The observation of the end is then
+    `info["final_observation"]` if there is one. Otherwise it is that of the new process, and every `done` means
+    terminated.
 
-    `environment` is a static part: the same object compiles once, another one of its class again.
+    `environment` is static: the same object compiles once, another object of its class compiles again.
 
     Raises:
-      InputError: no reset or step; actions that are no finite set; an environment that has no hash; a
+      InputError: no reset or step; actions that are neither numbered nor a box; an environment that has no hash; a
         step that returns another number of values.
+
+    Example:
+      >>> class Counter:  # with gymnax's methods: count up to 3
+      ...     num_actions = 2
+      ...     def reset(self, key, parameters):
+      ...         return jnp.zeros(()), jnp.zeros(())
+      ...     def step(self, key, state, action, parameters):
+      ...         state = state + action
+      ...         return state, state, jnp.ones(()), state >= 3, {}
+      >>> environment = bj.environments.GymnaxEnvironment(Counter())
+      >>> environment.num_actions
+      2
     """
 
     environment: Any = eqx.field(static=True)
     parameters: Any
-    actions: int = eqx.field(static=True)
+    space: Space
 
     def __init__(self, environment: Any, parameters: Any = None):
         _require_usable(environment)
@@ -51,11 +66,11 @@ class GymnaxEnvironment(Environment):
             parameters = getattr(environment, "default_params", None)
         self.environment = environment
         self.parameters = jax.tree_util.tree_map_with_path(_as_leaf, parameters)
-        self.actions = _number_of_actions(environment, parameters)
+        self.space = _action_space(environment, parameters)
 
     @property
-    def num_actions(self):
-        return self.actions
+    def action_space(self):
+        return self.space
 
     def reset(self, key):
         method = _method(self.environment, "reset_env") or self.environment.reset
@@ -85,9 +100,14 @@ class GymnaxEnvironment(Environment):
         reward = jnp.asarray(reward)
         if not jnp.issubdtype(reward.dtype, jnp.floating):
             reward = reward.astype(jnp.result_type(float))
-        return following, TimeStep(jax.tree.map(_cast, observation, state[1]), reward, terminated, truncated)
+        return following, TimeStep(
+            observation=jax.tree.map(_cast, observation, state[1]),
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+        )
 
-    def _tell_apart(self, done: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
+    def _tell_apart(self, done: Bool[Array, ""], state: Any) -> tuple[Bool[Array, ""], Bool[Array, ""]]:
         """(terminated, truncated)."""
         asked = _method(self.environment, "is_truncated")
         if asked is not None:
@@ -123,20 +143,13 @@ def _require_usable(environment: Any) -> None:
         ) from None
 
 
-def _number_of_actions(environment: Any, parameters: Any) -> int:
+def _action_space(environment: Any, parameters: Any) -> Space:
     try:
+        # The space comes first: environments with continuous actions give their dimension as num_actions.
         space = environment.action_space(parameters)
     except (NotImplementedError, AttributeError):
-        count = getattr(environment, "num_actions", None)
-    else:
-        # The space comes first: environments with continuous actions give their dimension as num_actions.
-        count = getattr(space, "n", None)
-        if count is None:
-            raise InputError(f"environment: its actions are a {type(space).__name__}, not the numbers 0 to A - 1")
-    count = int(count) if isinstance(count, int | np.integer) or is_known(count) else count  # type: ignore[arg-type]
-    if not isinstance(count, int) or count < 1:
-        raise InputError(f"environment: expected a number of actions of at least 1, known before a run, got {count}")
-    return count
+        return Discrete(as_count("environment", getattr(environment, "num_actions", None)))
+    return as_space("environment", space)
 
 
 def _as_leaf(path: Any, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a simulator is: pure functions of a key and a state, and what rollouts of it record."""
+"""The protocol of a simulator, pure functions of a key and a state, and the record of a rollout."""
 
 import abc
 from typing import Any, NamedTuple
@@ -8,44 +8,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Bool, Float, Integer, Key, PRNGKeyArray
 
-from bilevel_jax.environments.sampling import choose, uniform
-from bilevel_jax.errors import InputError
-from bilevel_jax.functions import ActionFunction
-from bilevel_jax.validation import is_known
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.validation import is_known
+from bilevel_jax.environments.policies import Policy, require_policy
+from bilevel_jax.environments.spaces import Action, Box, Space
 
 
 class TimeStep(NamedTuple):
-    """What one step gave.
+    """The result of one step.
 
-    `observation` that the step led to, before any reset; `reward`; `terminated`: the process ended
-    there; `truncated`: it was cut, though it could have gone on.
+    `observation` is the one that the step led to, before any reset. `terminated` means that the process ended there,
+    and `truncated` that it was cut, though it could have gone on. The step of one process has no batch axes, and
+    that of many has [B].
     """
 
     observation: Any
-    reward: jax.Array
-    terminated: jax.Array
-    truncated: jax.Array
+    reward: Float[Array, "*batch"]
+    terminated: Bool[Array, "*batch"]
+    truncated: Bool[Array, "*batch"]
 
 
 class Trajectory(NamedTuple):
-    """Steps of B processes, each field [B, H, ...]; one process has [H, ...].
+    """Steps of B processes, each field [B, H, ...]; for one process [H, ...].
 
-    `state` of the simulator and its `observation` before the step; `action` int32; its `probability`
-    under the policy that chose it; `reward`; `next_observation`, before any reset; `terminated`,
-    `truncated`; `valid`: False on the steps after the end of a process that is not reset. What these
-    hold means nothing.
+    `state` and `observation` are those before the step; the state is None where it was not recorded. `action` is int32,
+    or of the shape and dtype of the `Box`. `probability` is that of the action under the policy that chose it, or its
+    density where actions are continuous. `next_observation` is the one before any reset. `valid` is False on the steps
+    after the end of a process that is not reset; the other fields mean nothing there.
     """
 
-    state: Any
+    state: Any | None
     observation: Any
-    action: jax.Array
-    probability: jax.Array
-    reward: jax.Array
+    action: Integer[Array, "*steps"] | Float[Array, "..."]
+    probability: Float[Array, "*steps"]
+    reward: Float[Array, "*steps"]
     next_observation: Any
-    terminated: jax.Array
-    truncated: jax.Array
-    valid: jax.Array
+    terminated: Bool[Array, "*steps"]
+    truncated: Bool[Array, "*steps"]
+    valid: Bool[Array, "*steps"]
 
 
 class Environment(eqx.Module):
@@ -57,51 +59,71 @@ class Environment(eqx.Module):
 
     @property
     @abc.abstractmethod
+    def action_space(self) -> Space:
+        """`Discrete(A)`, or a `Box` of continuous actions."""
+
+    @property
+    def observation_space(self) -> Any:
+        """Shapes and dtypes of an observation: a pytree of `jax.ShapeDtypeStruct`."""
+        return jax.eval_shape(lambda key: self.observe(self.reset(key)), jax.random.key(0))
+
+    @property
     def num_actions(self) -> int:
-        """A."""
+        """A. Raises InputError where actions are no finite set."""
+        space = self.action_space
+        if isinstance(space, Box):
+            raise InputError(
+                f"environment: the actions of {type(self).__name__} are a Box of shape {list(space.shape)}, no finite "
+                f"set; use an agent and estimators that need no table of actions"
+            )
+        return space.n
 
     @abc.abstractmethod
-    def reset(self, key: jax.Array) -> Any:
+    def reset(self, key: PRNGKeyArray) -> Any:
         """Draw a state to start from."""
 
     @abc.abstractmethod
     def observe(self, state: Any) -> Any:
-        """What a policy sees of a state."""
+        """Return the observation of a state, on which a policy acts."""
 
     @abc.abstractmethod
-    def step(self, key: jax.Array, state: Any, action: jax.Array) -> tuple[Any, TimeStep]:
-        """Act. `action` is an integer, []."""
+    def step(self, key: PRNGKeyArray, state: Any, action: Action) -> tuple[Any, TimeStep]:
+        """Act. `action` is an integer, [], or a point of the `Box`."""
 
     def run(
-        self, keys: jax.Array, states: Any, policy: ActionFunction, horizon: int, actions: jax.Array | None
+        self,
+        keys: Key[Array, " B"],
+        states: Any,
+        policy: Policy,
+        horizon: int,
+        actions: Integer[Array, " B"] | Float[Array, "B ..."] | None,
     ) -> tuple[Trajectory, Any]:
-        """`horizon` steps of many processes: one key and one state each, see `environments.rollout_from`.
+        """Run `horizon` steps of many processes, one key and one state per process; see `environments.rollout_from`.
 
-        The randomness of step h is made from `fold_in(key, h + 1)` alone, which is what makes results
-        independent of how a batch is cut. Subclasses may do the same faster.
+        The randomness of step h comes from `fold_in(key, h + 1)` alone. Results therefore do not depend on how a
+        batch is cut. Subclasses may do the same faster.
         """
 
         def step(carry, h):
             states, alive = carry
             step_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, h + 1)))(keys)
             observations = jax.vmap(self.observe)(states)
-            probabilities = jax.vmap(policy)(observations)
-            require_policy_shape(probabilities.shape[1:], (self.num_actions,))
-            chosen = jax.vmap(choose)(jax.vmap(uniform)(step_keys[:, 0]), probabilities)
+            distributions = jax.vmap(policy.distribution)(observations)
+            chosen = jax.vmap(lambda one, key: one.sample(key))(distributions, step_keys[:, 0])
+            require_policy(distributions, chosen, self.action_space)
             if actions is not None:
                 chosen = jnp.where(h == 0, actions, chosen)
             following, made = jax.vmap(self.step)(step_keys[:, 1], states, chosen)
-            probability = jnp.take_along_axis(probabilities, chosen[:, None], 1)[:, 0]
             record = Trajectory(
-                states,
-                observations,
-                chosen,
-                probability,
-                made.reward,
-                made.observation,
-                made.terminated,
-                made.truncated,
-                alive,
+                state=states,
+                observation=observations,
+                action=chosen,
+                probability=jax.vmap(lambda one, action: one.probability(action))(distributions, chosen),
+                reward=made.reward,
+                next_observation=made.observation,
+                terminated=made.terminated,
+                truncated=made.truncated,
+                valid=alive,
             )
             # AutoReset states carry on; others stay where their process ended.
             ended = jnp.zeros_like(alive) if self.resets else made.terminated | made.truncated
@@ -113,8 +135,8 @@ class Environment(eqx.Module):
         return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), records), states
 
     @property
-    def available(self) -> jax.Array | None:
-        """Which actions each state has, bool[S, A], for environments with states; None: all of them."""
+    def available(self) -> Bool[Array, "S A"] | None:
+        """Which actions each state has, for environments with states; None: all of them."""
         return None
 
     @property
@@ -123,13 +145,7 @@ class Environment(eqx.Module):
         return False
 
 
-def require_policy_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raise InputError where a policy has other sizes than the environment: look-ups do not check them."""
-    if shape != expected:
-        raise InputError(f"policy: expected probabilities of shape {list(expected)}, got {list(shape)}")
-
-
-def require_available(available: jax.Array | None, policy: jax.Array) -> None:
+def require_available(available: Bool[Array, "S A"] | None, policy: Float[Array, "S A"]) -> None:
     """Raise InputError where a policy[S, A] that is known has probability on an action that is not available."""
     if available is None or not is_known(policy, available):
         return
@@ -143,7 +159,13 @@ def require_available(available: jax.Array | None, policy: jax.Array) -> None:
 
 
 def require_every_action(environment: Environment, what: str) -> None:
-    """Raise InputError for an environment in which states lack actions: agents that explore would take them."""
+    """Raise InputError for an environment in which some states lack actions: agents that explore would take them.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> environment = bj.environments.TabularEnvironment(mdp)
+      >>> bj.environments.require_every_action(environment, "my agent")
+    """
     if environment.available is not None:
         raise InputError(
             f"environment: {what} takes every action in every state, and this environment has states with fewer "

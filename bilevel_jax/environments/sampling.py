@@ -3,30 +3,33 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Int32, Integer, Key, PRNGKeyArray, UInt32
 
-from bilevel_jax.promotion import with_rank
+from bilevel_jax.core.promotion import with_rank
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def uniform(key: jax.Array) -> jax.Array:
+def uniform(key: PRNGKeyArray) -> Float32[Array, ""]:
     """A number in [0, 1), float32 with 24 random bits."""
     return jax.random.uniform(key, dtype=jnp.float32)
 
 
-def choose(number: jax.Array, probabilities: jax.Array) -> jax.Array:
-    """The index that a uniform number in [0, 1) picks from probabilities[N]: the inverse distribution function.
+def choose(number: Float[Array, "*batch"], probabilities: Float[Array, " N"]) -> Int32[Array, "*batch"]:
+    """Return the index that each uniform number in [0, 1) picks from probabilities, by the inverse distribution
+    function.
 
-    Never one of probability 0, whatever the rounding.
+    It is never an index with probability 0, whatever the rounding.
     """
     return pick(number, thresholds(probabilities))
 
 
 @jax.jit
-def thresholds(probabilities: jax.Array) -> jax.Array:
-    """The cumulative sums of probabilities[..., N] in float32, infinite from the last possible index on.
+def thresholds(probabilities: Float[Array, "*batch N"]) -> Float32[Array, "*batch N"]:
+    """Return the cumulative sums of probabilities[..., N] in float32, infinite from the last possible index on.
 
-    They need not sum to 1. Never decreasing, and an index of probability 0 repeats the threshold before it.
+    The probabilities need not sum to 1. The sums never decrease, and an index with probability 0 repeats the one before
+    it.
     """
     possible = probabilities > 0
     sums = jnp.cumsum(probabilities, -1)
@@ -38,19 +41,22 @@ def thresholds(probabilities: jax.Array) -> jax.Array:
     return jnp.where(ends, jnp.inf, sums).astype(jnp.float32)
 
 
-def pick(number: jax.Array, thresholds: jax.Array) -> jax.Array:
-    """How many of thresholds[..., N] the number reaches, int32."""
+def pick(number: Float[Array, "*#batch"], thresholds: Float[Array, "*#batch N"]) -> Int32[Array, "*batch"]:
+    """Return how many of thresholds[..., N] are at most the number, int32."""
     rank = max(number.ndim + 1, thresholds.ndim)
     return jnp.sum(with_rank(number[..., None], rank) >= with_rank(thresholds, rank), -1, dtype=jnp.int32)
 
 
 @jax.jit
-def two_numbers(keys: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """Two numbers in [0, 1) for each of keys[...], float32 with 24 random bits: the words of `fold_in(key, count)`.
+def two_numbers(
+    keys: Key[Array, "*batch"] | UInt32[Array, "*batch 2"], count: Integer[Array, ""] | int
+) -> tuple[Float32[Array, "*batch"], Float32[Array, "*batch"]]:
+    """Return two numbers in [0, 1) for each of keys[...], float32 with 24 random bits: the words of `fold_in(key,
+    count)`.
 
-    The words of a folded key are random bits themselves, so that one hash serves two draws. Written out,
-    because the CPU's own `fold_in` is a loop over its rounds, which costs more than the rest of a step.
-    Keys of another kind than threefry serve as one of threefry.
+    The words of a folded key are random bits themselves, so that one hash serves two draws. The hash is written out
+    here, because the CPU's own `fold_in` is a loop over its rounds, which costs more than the rest of a step. A key of
+    another kind than threefry is used as if it were of that kind.
     """
     words = jax.random.key_data(keys)
     key = words[..., 0], words[..., 1]
@@ -66,5 +72,5 @@ def two_numbers(keys: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax
     return _fraction(left), _fraction(right)
 
 
-def _fraction(word: jax.Array) -> jax.Array:
+def _fraction(word: UInt32[Array, "*batch"]) -> Float32[Array, "*batch"]:
     return (word >> np.uint32(8)).astype(jnp.float32) * np.float32(2.0**-24)

@@ -8,59 +8,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Float32, Int, Int32, Integer, Real
 
-from bilevel_jax.environments.protocol import (
-    Environment,
-    TimeStep,
-    Trajectory,
-    require_available,
-    require_policy_shape,
-)
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.indexing import gather
+from bilevel_jax.core.validation import as_float, is_known, require_instance, require_probability
+from bilevel_jax.environments.policies import policy_table, require_policy_shape
+from bilevel_jax.environments.protocol import Environment, TimeStep, Trajectory, require_available
 from bilevel_jax.environments.sampling import pick, thresholds, two_numbers
-from bilevel_jax.errors import InputError
-from bilevel_jax.functions import tabulate
-from bilevel_jax.indexing import gather
+from bilevel_jax.environments.spaces import Discrete
 from bilevel_jax.interchange.gymnasium import read_outcomes
-from bilevel_jax.mdp import MDP
-from bilevel_jax.transitions import DenseTransition, StencilTransition, SuccessorTransition
-from bilevel_jax.validation import as_float, is_known, require_instance, require_probability
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.transitions import DenseTransition, StencilTransition, SuccessorTransition
 
 
 class TabularEnvironment(Environment):
     """The process of an `MDP`: state and observation are the index of the state, int32.
 
     Args:
-      mdp: an `MDP` with a dense, successor or stencil transition. One with batch axes is a set of contexts:
-        the context is drawn uniformly at reset and never changes; with C contexts of S states, state s
-        of context c has index c S + s.
-      ends: the probability that a pair ends the process, [S, A] (batch axes first, or none). None reads it off the
-        discounts: with d the largest one of a context, a pair ends the process with probability 1 - discount / d,
-        as in `MDP.with_end_state`. Returns discounted by d then have the mean V. What all pairs of a context lose
-        alike cannot be told from its discount: give `ends` for that.
+      mdp: an `MDP` with a dense, successor or stencil transition. An MDP with batch axes is a set of contexts: the
+        context is drawn uniformly at reset and never changes. With C contexts of S states, state s of context c has
+        index c S + s.
+      ends: the probability that a pair ends the process, [S, A] (with batch axes in front, or none). None computes it
+        from the discounts: if d is the largest discount of a context, a pair ends the process with probability
+        1 - discount / d, as in `interchange.with_end_state`. Returns discounted by d then have the mean V. A
+        probability of ending that all pairs of a context have in common does not show in the discounts: give `ends` for
+        that.
 
-    A simulator needs no discount: with `ends` those of the MDP are not looked at. A process that a discount ends by
-    chance ends where it is: `next_observation` is the state that it was in, as the MDP does not know another. See
-    `from_gymnasium` for one that does.
+    A simulator needs no discount: if `ends` is given, the discounts of the MDP are ignored. A process that ends by
+    chance because of a discount ends where it is: its `next_observation` is the state that it was in, because the MDP
+    does not say where it would go. `from_gymnasium` makes a simulator that knows it.
 
-    Actions that are not available have probability 0 in a policy for the simulator, and earn NaN if they are taken.
-    Probabilities are rounded to float32, and what is rarer than 2^-24 may never happen. Build it outside jit: dense
-    rows are then stored by their K successors; under jit all S states count as successors. Where discounts are
-    traced, they have to be one number besides 0; rewards are NaN where they are not.
+    A policy for the simulator gives probability 0 to actions that are not available; the reward is NaN if they are
+    taken. Probabilities are rounded to float32, and events that are rarer than 2^-24 may never happen. Build the
+    simulator outside jit: dense rows are then stored by their K successors, while under jit all S states count as
+    successors. Traced discounts have to be 0 or one other number; rewards are NaN where they are not.
 
     Raises:
       InputError: contexts with several largest discounts besides 0 (no simulator has those), ends that are no
         probabilities, or a kind of transition that cannot be sampled.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> environment = bj.environments.TabularEnvironment(mdp)
+      >>> state = environment.reset(jax.random.key(0))
+      >>> state, step = environment.step(jax.random.key(1), state, jnp.asarray(1))
+      >>> step.reward.shape
+      ()
     """
 
-    successor: jax.Array  # int32 [S A, K]
-    threshold: jax.Array  # float32 [S A, K]
-    reward: jax.Array  # [S, A], the mean
-    ends: jax.Array  # bool [S A], or [S A, K] where it depends on what follows
-    initial: jax.Array  # float32 [S], thresholds
-    outcome_reward: jax.Array | None  # [S A, K] where it depends on what follows
-    mask: jax.Array | None  # bool [S, A]
+    # "pairs" is S A.
+    successor: Int32[Array, "pairs K"]
+    threshold: Float32[Array, "pairs K"]
+    reward: Float[Array, "S A"]  # the mean
+    ends: Bool[Array, " pairs"] | Bool[Array, "pairs K"]  # the latter where it depends on what follows
+    initial: Float32[Array, " S"]  # thresholds
+    outcome_reward: Float[Array, "pairs K"] | None  # where it depends on what follows
+    mask: Bool[Array, "S A"] | None
 
-    def __init__(self, mdp: MDP, *, ends: Any = None):
+    def __init__(self, mdp: MDP, *, ends: Real[ArrayLike, "*batch S A"] | Any | None = None):
         require_instance("mdp", mdp, MDP)
         flat = flatten_contexts(mdp)
         chances = None
@@ -77,14 +83,15 @@ class TabularEnvironment(Environment):
 
     @classmethod
     def from_gymnasium(cls, env: Any, *, initial: Any = None) -> "TabularEnvironment":
-        """What a tabular gymnasium environment simulates: its outcomes with their own rewards, successors and ends.
+        """Return the simulator of a tabular gymnasium environment, with the rewards, successors and ends of its
+        outcomes.
 
-        `MDP.from_gymnasium` says what follows a pair that goes on, and its mean reward; here the table's outcomes
-        stay: an episode ends in the state that the table says, and pays what that outcome pays. Time limits are
-        left out: put `TimeLimit` around it.
+        `interchange.from_gymnasium` keeps only what follows a pair that goes on, and the pair's mean reward. Here the
+        outcomes are kept: an episode ends in the state that the table says, and each outcome pays its own reward. Time
+        limits are left out: put `TimeLimit` around the simulator.
 
         Args:
-          env, initial: as `MDP.from_gymnasium` takes them.
+          env, initial: as in `interchange.from_gymnasium`.
 
         Raises:
           InputError: no such table, or one whose probabilities or states are wrong.
@@ -101,10 +108,19 @@ class TabularEnvironment(Environment):
         return self.reward.shape[0]
 
     @property
-    def num_actions(self):
-        return self.reward.shape[1]
+    def action_space(self):
+        return Discrete(self.reward.shape[1])
 
-    def reset(self, key):
+    @property
+    def num_pairs(self) -> int:
+        """S A."""
+        return self.reward.size
+
+    def pair(self, state: Integer[Array, "*batch"], action: Integer[Array, "*batch"]) -> Integer[Array, "*batch"]:
+        """The number of each pair, s A + a: its place in an array [S A]."""
+        return state * self.num_actions + action
+
+    def reset(self, key) -> Int32[Array, ""]:
         # As `pick` does, by bisection: there are many states, and most never come first.
         return jnp.searchsorted(self.initial, two_numbers(key, 0)[0], side="right").astype(jnp.int32)
 
@@ -112,17 +128,19 @@ class TabularEnvironment(Environment):
         return state
 
     @property
-    def available(self):
+    def available(self) -> Bool[Array, "S A"] | None:
         return self.mask
 
-    def step(self, key, state, action):
-        pair = state * self.num_actions + action
+    def step(self, key, state, action) -> tuple[Integer[Array, ""], TimeStep]:
+        pair = self.pair(state, action)
         place = self._place(two_numbers(key, 0)[1], pair)
         following, ends = gather(self.successor.reshape(-1), place), self._ends(pair, place)
-        return following, TimeStep(following, self._paid(pair, place), ends, jnp.zeros_like(ends))
+        return following, TimeStep(
+            observation=following, reward=self._paid(pair, place), terminated=ends, truncated=jnp.zeros_like(ends)
+        )
 
     def run(self, keys, states, policy, horizon, actions):
-        table = tabulate(policy, self.num_states).values
+        table = policy_table(policy, self.num_states)
         require_policy_shape(table.shape, self.reward.shape)
         require_available(self.mask, table)
         chances = thresholds(table)
@@ -134,7 +152,7 @@ class TabularEnvironment(Environment):
             action = pick(for_action, gather(chances, state))
             if actions is not None:
                 action = jnp.where(h == 0, actions, action)
-            pair = state * self.num_actions + action
+            pair = self.pair(state, action)
             place = self._place(for_state, pair)
             following = jnp.where(ended, state, gather(self.successor.reshape(-1), place))
             kept = place if by_outcome else pair
@@ -152,33 +170,33 @@ class TabularEnvironment(Environment):
         following = jnp.concatenate([state[:, 1:], states[:, None]], 1)
         ends = self._ends(pair, place)
         trajectory = Trajectory(
-            state,
-            state,
-            pair - state * self.num_actions,
-            gather(table.reshape(-1), pair),
-            self._paid(pair, place),
-            following,
-            ends,
-            jnp.zeros_like(ends),
-            valid,
+            state=state,
+            observation=state,
+            action=pair - state * self.num_actions,
+            probability=gather(table.reshape(-1), pair),
+            reward=self._paid(pair, place),
+            next_observation=following,
+            terminated=ends,
+            truncated=jnp.zeros_like(ends),
+            valid=valid,
         )
         return trajectory, states
 
-    def _place(self, number: jax.Array, pair: jax.Array) -> jax.Array:
-        """Of the outcome that a number picks for a pair, in the flat tables of outcomes."""
+    def _place(self, number: Float32[Array, "*batch"], pair: Integer[Array, "*batch"]) -> Integer[Array, "*batch"]:
+        """Return the place, in the flat tables of outcomes, of the outcome that a number picks for a pair."""
         return pair * self.successor.shape[1] + pick(number, gather(self.threshold, pair))
 
-    def _ends(self, pair: jax.Array, place: jax.Array) -> jax.Array:
+    def _ends(self, pair: Integer[Array, "*batch"], place: Integer[Array, "*batch"]) -> Bool[Array, "*batch"]:
         return gather(self.ends.reshape(-1), place if self.ends.ndim > 1 else pair)
 
-    def _paid(self, pair: jax.Array, place: jax.Array) -> jax.Array:
+    def _paid(self, pair: Integer[Array, "*batch"], place: Integer[Array, "*batch"]) -> Float[Array, "*batch"]:
         each = self.outcome_reward
         paid = gather(self.reward.reshape(-1), pair) if each is None else gather(each.reshape(-1), place)
         return paid if self.mask is None else jnp.where(gather(self.mask.reshape(-1), pair), paid, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames="by_chance")
-def _tables(flat: MDP, chances: jax.Array | None, by_chance: bool) -> tuple[jax.Array, ...]:
+def _tables(flat: MDP, chances: Float[Array, "*batch S A"] | None, by_chance: bool) -> tuple[jax.Array, ...]:
     """Successors and thresholds [S A, K], what ends [S A] or [S A, K], thresholds of the first state [S].
 
     With the last, 1 where discounts are one number besides 0, else NaN. `by_chance` adds a successor: the end.
@@ -206,8 +224,8 @@ def _tables(flat: MDP, chances: jax.Array | None, by_chance: bool) -> tuple[jax.
     )
 
 
-def _given_ends(ends: Any, mdp: MDP) -> jax.Array:
-    """Probabilities of ending, [..., S, A]. Raises InputError."""
+def _given_ends(ends: Any, mdp: MDP) -> Float[Array, "*batch S A"]:
+    """Probabilities of ending. Raises InputError."""
     chances = as_float("ends", ends)
     if chances.shape not in (mdp.reward.shape, mdp.reward.shape[-2:]):
         raise InputError(f"ends: expected shape [S, A] = {list(mdp.reward.shape[-2:])}, got {list(chances.shape)}")
@@ -215,8 +233,11 @@ def _given_ends(ends: Any, mdp: MDP) -> jax.Array:
     return jnp.broadcast_to(chances, mdp.reward.shape)
 
 
-def _discounted_ends(mdp: MDP) -> np.ndarray:
-    """Probabilities of ending by the discounts, [..., S, A]; 1 where all of a context's are 0. Raises InputError."""
+def _discounted_ends(mdp: MDP) -> Float[np.ndarray, "*batch S A"]:
+    """Return probabilities of ending from the discounts; 1 where all discounts of a context are 0.
+
+    Raises InputError.
+    """
     shape = mdp.reward.shape
     discount = np.broadcast_to(np.asarray(mdp.discount), shape)
     used = np.ones(shape, bool)
@@ -228,7 +249,7 @@ def _discounted_ends(mdp: MDP) -> np.ndarray:
     return np.where(used, 1 - np.minimum(ratio, 1), 0)  # what nobody may take need not end
 
 
-def _require_one_discount(values: np.ndarray) -> None:
+def _require_one_discount(values: Float[np.ndarray, " N"]) -> None:
     values = values[values > 0]
     if values.size > 1:
         raise InputError(
@@ -238,7 +259,13 @@ def _require_one_discount(values: np.ndarray) -> None:
 
 
 def flatten_contexts(mdp: MDP) -> MDP:
-    """An MDP with batch axes as one MDP of all their states, by successors; see `TabularEnvironment`."""
+    """Return an MDP with batch axes as one MDP of all their states, by successors; see `TabularEnvironment`.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.ones((3, 2, 2)), 0.9)  # 3 contexts of 2 states
+      >>> bj.environments.flatten_contexts(mdp).num_states
+      6
+    """
     transition: Any = mdp.transition
     if isinstance(transition, StencilTransition):
         transition = transition.to_successors()
@@ -256,7 +283,9 @@ def flatten_contexts(mdp: MDP) -> MDP:
 
 
 @jax.jit
-def _flat(mdp: MDP, successor: jax.Array, probability: jax.Array) -> tuple[jax.Array | None, ...]:
+def _flat(
+    mdp: MDP, successor: Int[Array, "*_ K S A"], probability: Float[Array, "*_ K S A"]
+) -> tuple[jax.Array | None, ...]:
     """Arrays of the one MDP: successors, probabilities, reward, discount, initial distribution, mask."""
     batch, states, actions = mdp.batch_shape, mdp.num_states, mdp.num_actions
     contexts = int(np.prod(batch))
@@ -281,8 +310,10 @@ def _flat(mdp: MDP, successor: jax.Array, probability: jax.Array) -> tuple[jax.A
     )
 
 
-def _successors(probability: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """P[..., S, A, S] as successor lists [..., K, S, A], K the most successors of any pair, where it is known."""
+def _successors(
+    probability: Float[Array, "*batch S A S"],
+) -> tuple[Int32[Array, "*batch K S A"], Float[Array, "*batch K S A"]]:
+    """The lists of successors of transition probabilities, K the most successors of any pair, where it is known."""
     states = probability.shape[-1]
     most = states
     if is_known(probability):

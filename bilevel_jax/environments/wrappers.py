@@ -1,26 +1,34 @@
-"""Environments made from others: one that goes on after the end, one that stops after some steps."""
+"""Environments that wrap others: one that goes on after the end, and one that stops after some steps."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Int32, Integer
 
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.validation import require_setting
 from bilevel_jax.environments.protocol import Environment, TimeStep
-from bilevel_jax.errors import InputError
-from bilevel_jax.validation import require_setting
 
 
 class AutoReset(Environment):
-    """Starts a new process in the step that ends one; the `TimeStep` still tells how the old one ended."""
+    """Starts a new process in the step that ends one. The `TimeStep` still says how the old one ended.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> environment = bj.environments.TabularEnvironment(mdp)
+      >>> bj.environments.AutoReset(environment).resets
+      True
+    """
 
     environment: Environment
 
     @property
-    def num_actions(self):
-        return self.environment.num_actions
+    def action_space(self):
+        return self.environment.action_space
 
     @property
-    def available(self):
+    def available(self) -> Bool[Array, "S A"] | None:
         return self.environment.available
 
     @property
@@ -50,12 +58,20 @@ class TimeLimit(Environment):
     Raises:
       InputError: steps is not a whole number of at least 1; the environment resets by itself, so that a
         limit around it would go on counting.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> environment = bj.environments.TabularEnvironment(mdp)
+      >>> limited = bj.environments.TimeLimit(environment, 1)
+      >>> state, step = limited.step(jax.random.key(1), limited.reset(jax.random.key(0)), jnp.asarray(0))
+      >>> bool(step.truncated)
+      True
     """
 
     environment: Environment
-    steps: jax.Array
+    steps: Int32[Array, ""]
 
-    def __init__(self, environment: Environment, steps: Any):
+    def __init__(self, environment: Environment, steps: Integer[ArrayLike, ""] | Any):
         if environment.resets:
             raise InputError("environment: it resets by itself; use AutoReset(TimeLimit(environment, steps))")
         require_setting("steps", steps, 1, "give the number of steps after which to stop", whole=True)
@@ -63,11 +79,11 @@ class TimeLimit(Environment):
         self.steps = jnp.asarray(steps).astype(jnp.int32)
 
     @property
-    def num_actions(self):
-        return self.environment.num_actions
+    def action_space(self):
+        return self.environment.action_space
 
     @property
-    def available(self):
+    def available(self) -> Bool[Array, "S A"] | None:
         return self.environment.available
 
     def reset(self, key):
@@ -81,4 +97,9 @@ class TimeLimit(Environment):
         following, made = self.environment.step(key, inner, action)
         time = time + 1
         late = (time >= self.steps) & ~made.terminated
-        return (following, time), TimeStep(made.observation, made.reward, made.terminated, made.truncated | late)
+        return (following, time), TimeStep(
+            observation=made.observation,
+            reward=made.reward,
+            terminated=made.terminated,
+            truncated=made.truncated | late,
+        )

@@ -1,46 +1,53 @@
-"""What was counted of a simulator, and values under these frequencies."""
+"""Counts of a simulator's steps, and values under their frequencies."""
 
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from bilevel_jax.adjoint import default_linear_solver, linear_solve
-from bilevel_jax.environments import TabularEnvironment, Trajectory
-from bilevel_jax.reductions import einsum, matmul
-from bilevel_jax.transitions import DenseOperator
+from bilevel_jax.core.reductions import einsum, matmul
+from bilevel_jax.environments import TabularEnvironment, Trajectory, Visits
+from bilevel_jax.linear import default_linear_solver, linear_solve
+from bilevel_jax.mdp.transitions import DenseOperator
 
 
 class Counts(eqx.Module):
-    """`moves`[S A, S]: steps that led somewhere without ending; `visits`[S A]: all steps of a pair."""
+    """`moves`[S A, S] counts the steps of a pair that led to each state without ending; `visits`[S A] counts all its
+    steps.
+    """
 
-    moves: jax.Array
-    visits: jax.Array
+    moves: Float[Array, "pairs S"]
+    visits: Float[Array, " pairs"]
 
     @classmethod
     def none(cls, environment: TabularEnvironment, dtype: Any) -> "Counts":
-        """Nothing seen yet."""
-        pairs = environment.num_states * environment.num_actions
+        """Return the counts before any step."""
+        pairs = environment.num_pairs
         return cls(jnp.zeros((pairs, environment.num_states), dtype), jnp.zeros(pairs, dtype))
 
     @classmethod
     def of(cls, environment: TabularEnvironment, groups: Trajectory, dtype: Any) -> "Counts":
-        """The valid steps of trajectories, any leading axes."""
-        pair = groups.observation * environment.num_actions + groups.action
+        """Return the counts of the valid steps of trajectories with any leading axes."""
+        visits = Visits.of(environment, groups)
         none = cls.none(environment, dtype)
         goes_on = (groups.valid & ~groups.terminated).astype(dtype)
         return cls(
-            none.moves.at[pair, groups.next_observation].add(goes_on),
-            none.visits.at[pair].add(groups.valid.astype(dtype)),
+            none.moves.at[visits.pair, groups.next_observation].add(goes_on),
+            visits.pair_counts(dtype),
         )
 
-    def transition(self) -> jax.Array:
-        """Frequencies [S A, S]; rows sum to 1 less what ended, to 0 where nothing was seen."""
+    def transition(self) -> Float[Array, "pairs S"]:
+        """Return the frequencies [S A, S].
+
+        A row sums to 1 minus the fraction of steps that ended, and to 0 for a pair that was never visited.
+        """
         return self.moves / jnp.maximum(self.visits, 1)[:, None]
 
-    def action_values(self, policy: jax.Array, reward: jax.Array, discount: jax.Array) -> jax.Array:
-        """Q[S, A] of a policy [S, A] under the frequencies, differentiable in the reward [S, A].
+    def action_values(
+        self, policy: Float[Array, "S A"], reward: Float[Array, "S A"], discount: Float[Array, ""]
+    ) -> Float[Array, "S A"]:
+        """Q of a policy under the frequencies, differentiable in the reward.
 
         A pair that was never seen counts as the end of the process.
         """

@@ -5,34 +5,43 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from bilevel_jax.environments import Trajectory, require_every_action, rollout
-from bilevel_jax.errors import InputError
+from bilevel_jax.bilevel.problem import as_upper_variable
+from bilevel_jax.bilevel.sampled_problem import SampledProblem, temperature_of
+from bilevel_jax.core.batching import merge_axes
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.validation import as_integer, require_computable
+from bilevel_jax.environments import Trajectory, as_policy, require_every_action, rollout
 from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut
 from bilevel_jax.estimators.costs import Costs, step_costs
-from bilevel_jax.estimators.problem import SampledProblem, temperature_of
 from bilevel_jax.estimators.responses import Response
-from bilevel_jax.functions import ActionFunction
-from bilevel_jax.hypergradient.problem import as_upper_variable
-from bilevel_jax.validation import as_integer, require_computable
 
 
 class Estimate(NamedTuple):
-    """`value`: the mean loss, an estimate of phi(x). `gradient`: of the hyper-gradient, a pytree as x.
+    """The result of an estimate.
 
-    `groups`: the trajectories [N, I, H] behind them, and what each group paid, `costs`.
+    `value` is the mean loss, an estimate of phi(x). `gradient` estimates the hyper-gradient and is a pytree like x.
+
+    `groups` are the trajectories [N, I, H] behind both, and `costs` what each group paid.
     """
 
-    value: jax.Array
+    value: Float[Array, ""]
     gradient: Any
     groups: Trajectory
     costs: Costs
 
 
-def sample_groups(
-    key: jax.Array, problem: SampledProblem, policy: ActionFunction, batch: int, first: Any = 0
-) -> Trajectory:
-    """N = batch groups of I trajectories, [N, I, H], under a policy. `first`: number of the first group."""
+def sample_groups(key: PRNGKeyArray, problem: SampledProblem, policy: Any, batch: int, first: Any = 0) -> Trajectory:
+    """Draw N = batch groups of I trajectories, [N, I, H], under a policy. `first` is the number of the first group.
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> x = problem.start(jax.random.key(0))
+      >>> policy = bj.solve(problem.mdp(x), problem.regularizer(x)).policy
+      >>> bj.estimators.sample_groups(jax.random.key(1), problem, policy, batch=8).action.shape
+      (8, 1, 20)
+    """
     require_every_action(problem.environment, "an estimate")
     size = problem.trajectories
     sampled = rollout(
@@ -47,16 +56,27 @@ def sample_groups(
 
 
 def regroup(groups: Trajectory, times: int) -> Trajectory:
-    """times N groups from groups [N, I, H]: trajectory i of group n also joins those of groups n - i k, k < times.
+    """Return `times` N groups that recombine the trajectories of N groups [N, I, H].
 
-    For losses that compare trajectories: means over all of them use each trajectory `times` times, at no
-    step of the simulator. No two of the first trajectory's groups share another one if times (I - 1) <= N.
+    Copy k of group n, for k from 0 to times - 1, has trajectory i of group n + i k (modulo N) as its trajectory i. Copy
+    0 is group n itself.
+
+    Use it for losses that compare trajectories: a mean over all copies uses each trajectory `times` times, without any
+    further step of the simulator. If times (I - 1) <= N, two groups that share their first trajectory share no other
+    one.
 
     Raises:
       InputError: times is not in 1 to N.
+
+    Example:
+      >>> problem = bj.problems.make("tabular_rlhf", states=4, starts=2)  # its loss compares two segments
+      >>> policy = jnp.full((4, 3), 1 / 3)
+      >>> groups = bj.estimators.sample_groups(jax.random.key(1), problem, policy, batch=8)
+      >>> bj.estimators.regroup(groups, 3).action.shape  # [3 N, I, H]
+      (24, 2, 3)
     """
     count, size = groups.action.shape[:2]
-    if not isinstance(times, int) or not 1 <= times <= count:
+    if isinstance(times, bool) or not isinstance(times, int) or not 1 <= times <= count:
         raise InputError(f"times: expected an integer from 1 to the {count} groups, got {times!r}")
     row = jnp.arange(count)[:, None]
     member = jnp.arange(size)[None]
@@ -65,10 +85,10 @@ def regroup(groups: Trajectory, times: int) -> Trajectory:
 
 
 def estimate(
-    key: jax.Array,
+    key: PRNGKeyArray,
     problem: SampledProblem,
     x: Any,
-    policy: ActionFunction,
+    policy: Any,
     *,
     batch: int,
     response: Response,
@@ -81,14 +101,24 @@ def estimate(
       grad phi = E[dl/dx] + E[ sum_i sum_h l (dQ* - dV*)[s_h, a_h] ] / temperature
 
     Args:
-      policy: the lower level's answer at x; the estimate is of its hyper-gradient as if it were optimal.
-      response: estimator of dQ* - dV*.
-      response_state: what `response.init` or `update` returned.
+      policy: the lower level's answer at x, a `Policy` or an argument of `environments.as_policy`. The estimate treats
+        it as the optimal policy.
+      response: the estimator of dQ* - dV*.
+      response_state: the state that `response.init` or `update` returned.
       baseline: subtracted from l; None is `LeaveOneOut()`.
-      baseline_state: what `baseline.init` or `update` returned, from earlier batches.
+      baseline_state: the state that `baseline.init` or `update` returned, from earlier batches.
 
     Raises:
       InputError: the regularizer is no entropy, the loss is neither a scalar nor [H].
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> x = problem.start(jax.random.key(0))
+      >>> policy = bj.solve(problem.mdp(x), problem.regularizer(x)).policy
+      >>> response = bj.estimators.Exact()
+      >>> made = bj.estimators.estimate(jax.random.key(1), problem, x, policy, batch=8, response=response)
+      >>> made.gradient.shape
+      (8, 3)
     """
     for_groups, for_rest = jax.random.split(key)
     groups = sample_groups(for_groups, problem, policy, batch)
@@ -96,20 +126,32 @@ def estimate(
 
 
 def estimate_from(
-    key: jax.Array,
+    key: PRNGKeyArray,
     problem: SampledProblem,
     x: Any,
-    policy: ActionFunction,
+    policy: Any,
     groups: Trajectory,
     response: Response,
     response_state: Any = None,
     baseline: Baseline | None = None,
     baseline_state: Any = None,
-    weights: jax.Array | None = None,
+    weights: Float[Array, " N"] | None = None,
 ) -> Estimate:
-    """`estimate` from groups [N, I, H] that were drawn already; with importance weights [N] under any policy."""
+    """Estimate the hyper-gradient as `estimate` does, but from groups [N, I, H] that were already drawn.
+
+    With importance weights [N], the groups may have been drawn under any policy.
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> x = problem.start(jax.random.key(0))
+      >>> policy = bj.solve(problem.mdp(x), problem.regularizer(x)).policy
+      >>> groups = bj.estimators.sample_groups(jax.random.key(1), problem, policy, batch=8)
+      >>> response = bj.estimators.Exact()
+      >>> bj.estimators.estimate_from(jax.random.key(2), problem, x, policy, groups, response).gradient.shape
+      (8, 3)
+    """
     require_computable("problem", problem, any_floats=True)
-    x = as_upper_variable(x)
+    x, policy = as_upper_variable(x), as_policy(policy)
     baseline = LeaveOneOut() if baseline is None else baseline
     _, for_response = jax.random.split(key)
     count, horizon = groups.action.shape[0], groups.action.shape[-1]
@@ -117,24 +159,33 @@ def estimate_from(
     temperature = temperature_of(problem, x)
 
     def surrogate(x):
-        costs = paid(key, problem, x, groups)
+        costs = group_costs(key, problem, x, groups)
         weighted = weights.astype(costs.each.dtype)[:, None] * costs.factors[None]
         value = jnp.sum(weighted * costs.each) / count
         constant = stop_gradient(costs)
         credit = baseline.credit(baseline_state, problem, policy, groups, constant)
         credit = jnp.where(groups.valid, credit * weighted[:, None, :], 0) / count
-        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+        flat = merge_axes(groups)
         answer = response.surrogate(
             for_response, response_state, problem, x, policy, flat, stop_gradient(credit.reshape(-1, horizon))
         )
         return value + answer / temperature, (value, constant)
 
     gradient, (value, costs) = jax.grad(surrogate, has_aux=True)(x)
-    return Estimate(value, gradient, groups, costs)
+    return Estimate(value=value, gradient=gradient, groups=groups, costs=costs)
 
 
-def paid(key: jax.Array, problem: SampledProblem, x: Any, groups: Trajectory) -> Costs:
-    """What each of N groups pays, [N, H]; the same as in `estimate_from` with this key."""
+def group_costs(key: PRNGKeyArray, problem: SampledProblem, x: Any, groups: Trajectory) -> Costs:
+    """Return what each of N groups pays, [N, H]. With the same key it is what `estimate_from` uses.
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> x = problem.start(jax.random.key(0))
+      >>> policy = bj.solve(problem.mdp(x), problem.regularizer(x)).policy
+      >>> groups = bj.estimators.sample_groups(jax.random.key(1), problem, policy, batch=8)
+      >>> bj.estimators.group_costs(jax.random.key(2), problem, x, groups).each.shape
+      (8, 20)
+    """
     for_loss, _ = jax.random.split(key)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(for_loss, jnp.arange(groups.action.shape[0]))
     return step_costs(problem, jax.vmap(problem.loss, (0, None, 0))(keys, x, groups))

@@ -1,32 +1,45 @@
-"""Trajectories of earlier policies, used again with importance weights."""
+"""Importance weights, with which trajectories of earlier policies are used again."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Real
 
-from bilevel_jax.environments import Trajectory
-from bilevel_jax.functions import ActionFunction
+from bilevel_jax.environments import Trajectory, as_policy
+from bilevel_jax.environments.spaces import Action
 
 
 class Weights(NamedTuple):
-    """`weights` [N], clipped. `effective_sample_size` (sum w)^2 / sum w^2. `clipped`: share of the groups that were."""
-
-    weights: jax.Array
-    effective_sample_size: jax.Array
-    clipped: jax.Array
-
-
-def importance_weights(policy: ActionFunction, groups: Trajectory, clip: Any = jnp.inf) -> Weights:
-    """Weights that make means over groups [N, I, H] of other policies means under `policy`.
-
-    w = prod_ih pi(a_ih | s_ih) / mu(a_ih | s_ih) over the valid steps, mu the probability recorded when
-    the action was drawn; at most `clip`, which bounds the variance and costs bias: E[(w - clip)+ |l|].
+    """`weights`, clipped; `effective_sample_size`, (sum w)^2 / sum w^2; `clipped_fraction`, the fraction of groups
+    whose weight was clipped.
     """
 
-    def log_ratio(observation: Any, action: jax.Array, probability: jax.Array) -> jax.Array:
-        chance = policy(observation)[action]
-        return jnp.log(chance) - jnp.log(probability.astype(chance.dtype))
+    weights: Float[Array, " N"]
+    effective_sample_size: Float[Array, ""]
+    clipped_fraction: Float[Array, ""]
+
+
+def importance_weights(policy: Any, groups: Trajectory, clip: Real[ArrayLike, ""] = jnp.inf) -> Weights:
+    """Return the weights with which a mean over groups [N, I, H] of other policies is a mean under `policy`.
+
+    w = prod_ih pi(a_ih | s_ih) / mu(a_ih | s_ih) over the valid steps, mu the probability recorded when
+    the action was drawn (densities where actions are continuous); at most `clip`, which bounds the variance and costs
+    bias: E[(w - clip)+ |l|].
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> x = problem.start(jax.random.key(0))
+      >>> policy = bj.solve(problem.mdp(x), problem.regularizer(x)).policy
+      >>> groups = bj.estimators.sample_groups(jax.random.key(1), problem, policy, batch=8)
+      >>> bj.estimators.importance_weights(policy, groups).weights.round(3).tolist() == [1.0] * 8
+      True
+    """
+    policy = as_policy(policy)
+
+    def log_ratio(observation: Any, action: Action, probability: Float[Array, ""]) -> Float[Array, ""]:
+        now = policy.distribution(observation).log_prob(action)
+        return now - jnp.log(probability.astype(now.dtype))
 
     each = log_ratio
     for _ in range(3):

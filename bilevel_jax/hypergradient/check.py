@@ -1,4 +1,4 @@
-"""`check_gradient`: what to run on a new problem before trusting its gradient."""
+"""`check_gradient`: run it on a new problem before you trust its gradient."""
 
 import dataclasses
 import math
@@ -12,18 +12,20 @@ import numpy as np
 import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from jaxtyping import Float64, PRNGKeyArray
 
-from bilevel_jax.bellman import backup
-from bilevel_jax.captures import jit
+from bilevel_jax.bilevel.problem import Problem, as_upper_variable, lower_level, require_problem
+from bilevel_jax.core.arrays import Scalar
+from bilevel_jax.core.batching import over_batch
+from bilevel_jax.core.captures import jit
+from bilevel_jax.core.results import MESSAGES, Result
+from bilevel_jax.core.validation import require_instance, require_setting
 from bilevel_jax.hypergradient.compute import hypergradient
-from bilevel_jax.hypergradient.implicit import Implicit
-from bilevel_jax.hypergradient.perturbation import FOURTH, SIXTH, default_step, require_perturbation
-from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, lower_level, require_problem
+from bilevel_jax.hypergradient.methods.implicit import Implicit
+from bilevel_jax.hypergradient.methods.perturbation import FOURTH, SIXTH, default_step, require_perturbation
 from bilevel_jax.hypergradient.protocol import Hypergradient
-from bilevel_jax.mdp import over_batch
-from bilevel_jax.results import MESSAGES, Result
-from bilevel_jax.solvers import read_out, solve
-from bilevel_jax.validation import require_instance, require_setting
+from bilevel_jax.mdp.bellman import backup
+from bilevel_jax.solvers import solution_at, solve
 
 # Differences that agree to this, relative to their size, do.
 AGREES = {"float64": 1e-5, "float32": 2e-2}
@@ -36,7 +38,9 @@ POINTS = (-3, -2, -1, 1, 2, 3)
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One derivative by two routes: norms of both along a direction, of their difference, and what is allowed."""
+    """One derivative, computed in two ways: its norm along a direction in both, the norm of the difference, and the
+    allowed difference.
+    """
 
     part: str
     derivative: float
@@ -46,17 +50,17 @@ class Comparison:
 
     @property
     def agrees(self) -> bool:
-        """False also where a number is NaN."""
+        """Whether the difference is allowed; False also where a number is NaN."""
         return self.difference <= self.allowed
 
 
 @dataclasses.dataclass(frozen=True)
 class GradientCheck:
-    """What `check_gradient` found; `str` of it is the table.
+    """The result of `check_gradient`; `str` of it is the table.
 
-    `ok`: everything agrees and everything converged. `parts` that the gradient is made of, each against
-    differences; `totals`: the whole of it along the random directions, against differences of phi and
-    against other methods; `failures`: iterations that did not converge; `error`: `Hypergradient.error`.
+    `ok` says whether everything agrees and converged. `parts` compares the parts of the gradient with differences.
+    `totals` compares the whole gradient, along the random directions, with differences of phi and with other methods.
+    `failures` names the iterations that did not converge. `error` is `Hypergradient.error`.
     """
 
     totals: tuple[Comparison, ...]
@@ -103,24 +107,25 @@ def check_gradient(
     x: Any,
     *,
     method: Implicit | None = None,
-    key: jax.Array | None = None,
+    key: PRNGKeyArray | None = None,
     directions: int = 3,
     step: float | None = None,
     verbose: bool = True,
 ) -> GradientCheck:
     """Compare the hyper-gradient with other routes to it, and each of its parts with differences.
 
-    Along random directions of x: the gradient against central differences of phi, and against the derivative of
-    Bellman sweeps (20,000 at most: at discounts that ask for more, from about 0.999 on, that row is left out). And
-    what it is made of, each by automatic differentiation against differences: every leaf of mdp(x) and
-    regularizer(x), T_x V at fixed V, the objective in x at a fixed solution, the objective in V at fixed x. Use
-    float64: differences say little in float32. Call it outside jit; some twenty solves a direction.
+    Along random directions of x, the gradient is compared with central differences of phi and with the derivative of
+    Bellman sweeps. At most 20,000 sweeps are made: at discounts that need more, from about 0.999 on, that row is left
+    out. The parts of the gradient, computed by automatic differentiation, are compared with differences: every leaf
+    of mdp(x) and regularizer(x), T_x V at fixed V, the objective in x at a fixed solution, and the objective in V at
+    fixed x. Use float64, because differences say little in float32. Call it outside jit. It makes some twenty solves
+    per direction.
 
     Args:
-      method: of the gradient that is checked; None is `Implicit()`.
-      key: of the directions; None is `jax.random.key(0)`.
-      directions: how many.
-      step: of the differences, in units of x along a direction of length 1; None chooses by the precision.
+      method: the method of the gradient that is checked; None is `Implicit()`.
+      key: the key of the random directions; None is `jax.random.key(0)`.
+      directions: the number of directions.
+      step: the step of the differences, in units of x along a direction of length 1; None chooses by the precision.
       verbose: print the table.
 
     Returns:
@@ -128,6 +133,15 @@ def check_gradient(
 
     Raises:
       InputError: what `hypergradient` raises, or an argument out of range.
+
+    Example:
+      >>> problem = bj.problems.make("garnet")
+      >>> x = problem.start(jax.random.key(0))
+      >>> with jax.enable_x64(True):
+      ...     problem = bj.problems.make("garnet")
+      ...     checked = bj.check_gradient(problem, problem.start(jax.random.key(0)), directions=1, verbose=False)
+      >>> checked.ok
+      True
     """
     require_problem(problem)
     require_instance("method", method, Implicit | None)
@@ -158,10 +172,10 @@ class _Along(NamedTuple):
 
     derivative: Any
     values: Any
-    size: jax.Array
+    size: Scalar
 
 
-def _along(function: Callable, point: Any, direction: Any, step: jax.Array) -> _Along:
+def _along(function: Callable, point: Any, direction: Any, step: Scalar) -> _Along:
     """At the points `point` + k step size direction, k = -3, -2, -1, 1, 2, 3; `size` is about that of an entry."""
     count = max(1, sum(leaf.size for leaf in jax.tree.leaves(point)))
     size = jnp.maximum(1, optax.tree.norm(point).astype(step.dtype) / math.sqrt(count))
@@ -194,13 +208,15 @@ class _Comparer:
         self.step = jnp.asarray(default_step(flat, 1 / 5) if step is None else step, flat.dtype)
         self.tolerance = AGREES.get(flat.dtype.name, AGREES["float32"])
 
-    def differences(self, values: Any, size: Any) -> tuple[np.ndarray, np.ndarray]:
+    def differences(self, values: Any, size: Any) -> tuple[Float64[np.ndarray, " N"], Float64[np.ndarray, " N"]]:
         """The directional derivative, flat, of values [6, ...] as `_along` gives them, and its uncertainty."""
         values = np.asarray(values, np.float64).reshape(len(POINTS), -1)
         rises = np.stack([values[3 + k] - values[2 - k] for k in range(3)]) / (float(self.step) * float(size))
         return np.array(SIXTH) @ rises, np.abs((np.array(SIXTH) - np.array(FOURTH)) @ rises)
 
-    def against(self, part: str, derivative: Any, reference: np.ndarray, uncertainty: np.ndarray) -> Comparison:
+    def against(
+        self, part: str, derivative: Any, reference: Float64[np.ndarray, " N"], uncertainty: Float64[np.ndarray, " N"]
+    ) -> Comparison:
         flat = np.asarray(derivative, np.float64).reshape(-1)
         sizes = np.linalg.norm(flat), np.linalg.norm(reference)
         allowed = self.tolerance * max(sizes) + SAFETY * np.linalg.norm(uncertainty) + float(np.finfo(np.float64).tiny)
@@ -212,10 +228,10 @@ class _Comparer:
 
 
 def _totals(problem: Problem, x: Any, made: Hypergradient, drawn: Any, compare: _Comparer) -> list[Comparison]:
-    """The gradient along each direction against differences of phi, and against the derivative of sweeps from V*.
+    """Compare the gradient along each direction with differences of phi, and with the derivative of sweeps from V*.
 
-    The latter is left out where the discount asks for more than `MOST_SWEEPS`: fewer would disagree with a gradient
-    that is right.
+    The latter is left out where the discount needs more than `MOST_SWEEPS`: fewer would disagree with a gradient that
+    is right.
     """
     discount = float(_modulus(problem, x))
     wanted = math.log(compare.tolerance * (1 - discount) / 10) / math.log(discount) if discount > 0 else 1
@@ -249,7 +265,7 @@ def _along_each(problem, x, gradient, solution, drawn, count, step):
     def swept(x):
         mdp, regularizer = lower_level(problem, x)
         value = lax.fori_loop(0, count, lambda _, v: over_batch(backup)(mdp, regularizer, v), solution.value)
-        return problem.objective(x, read_out(mdp, regularizer, value, solution.result, solution.stats))
+        return problem.objective(x, solution_at(mdp, regularizer, value, solution.result, solution.stats))
 
     def one(d):
         values = _along(phi, x, d, step)._replace(derivative=None)  # phi's is the gradient that is checked
@@ -259,7 +275,7 @@ def _along_each(problem, x, gradient, solution, drawn, count, step):
 
 
 def _parts(
-    problem: Problem, x: Any, made: Hypergradient, d: Any, key: jax.Array, compare: _Comparer
+    problem: Problem, x: Any, made: Hypergradient, d: Any, key: PRNGKeyArray, compare: _Comparer
 ) -> list[Comparison]:
     """Every floating-point leaf of mdp(x) and regularizer(x); T_x V at fixed V; f in x and in V, the other fixed."""
     solution = lax.stop_gradient(made.solution)
@@ -288,7 +304,7 @@ def _along_parts(problem, x, solution, d, in_value, step):
         return over_batch(backup)(*lower_level(problem, x), solution.value)
 
     def of_value(value):
-        return problem.objective(x, read_out(*lower_level(problem, x), value, solution.result, solution.stats))
+        return problem.objective(x, solution_at(*lower_level(problem, x), value, solution.result, solution.stats))
 
     return {
         "mdp": _along(floats("mdp"), x, d, step),

@@ -1,16 +1,17 @@
 """`hypergradient`: value and gradient of the upper level, by any method."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import ArrayLike, Real
 
-from bilevel_jax.captures import jit
-from bilevel_jax.hypergradient.implicit import Implicit
-from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem_kind
+from bilevel_jax.bilevel.problem import Problem, as_upper_variable, require_problem_kind
+from bilevel_jax.core.captures import jit
+from bilevel_jax.core.validation import as_float, require_computable, require_kind, require_numbers
+from bilevel_jax.hypergradient.methods.implicit import Implicit
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
-from bilevel_jax.validation import as_float, require_computable, require_kind, require_numbers
 
 
 def hypergradient(
@@ -18,20 +19,20 @@ def hypergradient(
     x: Any,
     *,
     method: Method | None = None,
-    initial_value: jax.Array | None = None,
-    initial_adjoint: jax.Array | None = None,
+    initial_value: Real[ArrayLike, "*batch S"] | Sequence[Any] | None = None,
+    initial_adjoint: Real[ArrayLike, "*batch S"] | Sequence[Any] | None = None,
     with_error: bool = True,
 ) -> Hypergradient:
-    """f(x, pi*(x)) and its gradient in x (Yang, Gao and Yuan 2025, for any regularizer and parameter).
+    """Return f(x, pi*(x)) and its gradient in x (Yang, Gao and Yuan 2025, for any regularizer and parameter).
 
     Args:
-      problem: a `Problem`; compiled once for each structure (a new lambda is a new structure), and anew when
-        what its functions read was edited (docs/composition.md).
+      problem: a `Problem`. It is compiled once for each structure (a new lambda is a new structure), and again
+        after a value that its functions read was edited (docs/composition.md).
       x: any pytree of floating-point arrays.
       method: None is `Implicit()`. Others: `Unrolled`, `ExpectedTrajectories`, `FiniteDifferences`,
         `SimultaneousPerturbation`.
       initial_value, initial_adjoint: warm starts, e.g. `solution.value` and `adjoint` of a call nearby.
-        Methods without an adjoint leave the latter aside.
+        Methods without an adjoint ignore the latter.
       with_error: also estimate the gradient's error (static); without, `error` is None. In a larger jitted program
         that does not read `error` it costs nothing either way.
 
@@ -41,6 +42,13 @@ def hypergradient(
     Raises:
       InputError: x has leaves that are not floating point, the objective is not a scalar, a warm start
         has another shape, or an argument another type.
+
+    Example:
+      >>> problem = bj.problems.make("garnet")
+      >>> x = problem.start(jax.random.key(0))
+      >>> made = bj.check(bj.hypergradient(problem, x))
+      >>> made.value.shape, made.gradient.shape
+      ((), (8, 3))
     """
     require_problem_kind(problem)
     require_kind("method", method, Method | None)

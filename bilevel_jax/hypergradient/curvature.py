@@ -5,31 +5,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevel_jax.captures import jit
-from bilevel_jax.errors import InputError
+from bilevel_jax.bilevel.problem import Problem, as_upper_variable, require_problem
+from bilevel_jax.core.captures import jit
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.results import Result
+from bilevel_jax.core.validation import require_instance
 from bilevel_jax.hypergradient.compute import hypergradient
-from bilevel_jax.hypergradient.implicit import Implicit
-from bilevel_jax.hypergradient.problem import Problem, as_upper_variable, require_problem
-from bilevel_jax.results import Result
-from bilevel_jax.validation import require_instance
+from bilevel_jax.hypergradient.methods.implicit import Implicit
 
 
 def hessian_vector_product(
     problem: Problem, x: Any, direction: Any, *, method: Implicit | None = None
 ) -> tuple[Any, Any]:
-    """(grad phi(x), Hessian of phi at x times `direction`), both pytrees as x.
+    """Return (grad phi(x), Hessian of phi at x times `direction`), both pytrees like x.
 
-    The derivative of the hyper-gradient along `direction`, by the implicit function theorem once more: two linear
-    solves beside those of the gradient, whatever the size of x. Neither mode nor method matters to the
-    result; with inexact solvers the derivative is that of the exact formula at the inexact V and w. NaN
-    where a hidden solve did not converge.
+    The product is the derivative of the hyper-gradient along `direction`, by the implicit function theorem once more.
+    It takes two linear solves in addition to those of the gradient, whatever the size of x. The result does not depend
+    on the mode of differentiation or the method. With inexact solvers it is the derivative of the exact formula at the
+    inexact V and w. It is NaN where a hidden solve did not converge.
 
     Args:
-      direction: a pytree as x.
+      direction: a pytree like x.
       method: None is `Implicit()`.
 
     Raises:
-      InputError: a direction of another structure or shape than x, or what `hypergradient` raises.
+      InputError: a direction of another structure or shape than x, or an error that `hypergradient` raises.
+
+    Example:
+      >>> problem = bj.problems.make("garnet")
+      >>> x = problem.start(jax.random.key(0))
+      >>> gradient, product = bj.hessian_vector_product(problem, x, jnp.ones_like(x))
+      >>> product.shape
+      (8, 3)
     """
     require_problem(problem)
     require_instance("method", method, Implicit | None)

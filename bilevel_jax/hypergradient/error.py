@@ -1,4 +1,4 @@
-"""How far a gradient is from the hyper-gradient, by comparison with one from a better V and w."""
+"""A bound on the error of a hyper-gradient: compare it with one that is computed at a better V and w."""
 
 from typing import Any
 
@@ -6,51 +6,58 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.lax import stop_gradient
+from jaxtyping import Array, Float
 
-from bilevel_jax import rounding
-from bilevel_jax.adjoint import DIRECT_LIMIT, AdaptiveKrylov, default_linear_solver
+from bilevel_jax.bilevel.problem import Problem
+from bilevel_jax.core import rounding
+from bilevel_jax.core.arrays import Scalar
+from bilevel_jax.core.results import Result
 from bilevel_jax.hypergradient.lagrangian import Lagrangian
-from bilevel_jax.hypergradient.problem import Problem
-from bilevel_jax.results import Result
-from bilevel_jax.solvers import Auto, read_out, solve
+from bilevel_jax.linear import DIRECT_LIMIT, AdaptiveKrylov, default_linear_solver
+from bilevel_jax.linear.protocol import power_of_two
+from bilevel_jax.solvers import Auto, solution_at, solve
 
-# The better V is to be so many times closer to V*: |V - V*| >= |T V - V| / 2.
+# How many times closer to V* the better V is to be, where |V - V*| is at least |T V - V| / 2.
 CLOSER = 100
-# The correction of w is found to one digit, which the factor 2 leaves room for.
+# The correction of w is computed to one digit; the factor SAFETY allows for the rest of it.
 DIGIT = 10
 SAFETY = 2
 
 
-def error_bound(problem: Problem, x: Any, gradient: Any, value: jax.Array, adjoint: jax.Array | None) -> jax.Array:
-    """A bound on |gradient - grad phi(x)|_2, to first order, of a gradient that came with V[S] and w[S].
+def error_bound(
+    problem: Problem, x: Any, gradient: Any, value: Float[Array, "*batch S"], adjoint: Float[Array, "*batch S"] | None
+) -> Scalar:
+    """Return a bound on |gradient - grad phi(x)|_2, to first order, for a gradient that was computed at V[S] and w[S].
 
-    V is taken on until it is a hundred times closer to V*, the adjoint equation there is solved for what
-    w lacks to one digit, and `gradient` is compared with the one of the two: twice their distance, and
-    what rounding may do to either. Without w (None) it is solved for as a whole, to its solver's own tolerance.
-    Costs a few sweeps and products, and one more evaluation of the gradient formula. Not differentiated.
+    The lower level is solved further, until V is a hundred times closer to V*. The adjoint equation at the better V is
+    solved for the correction of w, to one digit. The bound is twice the distance between `gradient` and the gradient at
+    the better V and w, plus an allowance for the rounding of both. If w is None, the whole adjoint is solved for, to
+    its solver's own tolerance. The bound costs a few sweeps and products, and one more evaluation of the gradient
+    formula. It is not differentiated.
 
-    inf where that solve ended with MAX_STEPS or NOT_FINITE. After PRECISION_LIMIT the V that was reached is used.
+    The bound is infinite where the further solve ended with MAX_ITERATIONS or NOT_FINITE. After PRECISION_LIMIT the V
+    that was reached is used.
     """
     problem, x, gradient, value, adjoint = stop_gradient((problem, x, gradient, value, adjoint))
 
     def read(mdp, regularizer, value):
-        return read_out(mdp, regularizer, value, better.result, better.stats)
+        return solution_at(mdp, regularizer, value, better.result, better.stats)
 
     here = Lagrangian(problem, x, read)
     mdp, regularizer = here.lower()
     left = jnp.min(jnp.max(jnp.abs(here.residual(value)), -1))
     better = solve(mdp, regularizer, solver=Auto(tolerance=left / (2 * CLOSER)), initial_value=value)
-    paid = here.paid(better.value)
+    objective = here.objective_at(better.value)
     if adjoint is None:
-        w, _ = here.solve_adjoint(default_linear_solver(mdp.num_states), better.policy, paid.of_value, None)
+        w, _ = here.solve_adjoint(default_linear_solver(mdp.num_states), better.policy, objective.of_value, None)
     else:
-        rest = here.adjoint_residual(better.policy, paid.of_value, adjoint)
+        rest = here.adjoint_residual(better.policy, objective.of_value, adjoint)
         direct = mdp.num_states <= DIRECT_LIMIT
-        # A residual may hide (1 - discount)^-1 of itself in the solution.
+        # The error of the solution may be 1 / (1 - discount) times as large as the residual.
         rough = AdaptiveKrylov(tolerance=(1 - jnp.max(mdp.modulus)) / DIGIT)
         rough = default_linear_solver(mdp.num_states) if direct else rough
         w = adjoint + here.solve_adjoint(rough, better.policy, rest, None)[0]
-    parts = here.parts(paid, better.value, w)
+    parts = here.parts(objective, better.value, w)
     distance = _norm(jax.tree.map(jnp.subtract, gradient, parts.total()), value.dtype)
     scale = sum((_norm(part, value.dtype) for part in parts), start=jnp.zeros((), value.dtype))
     known = jnp.all((better.result == Result.CONVERGED) | (better.result == Result.PRECISION_LIMIT))
@@ -59,6 +66,8 @@ def error_bound(problem: Problem, x: Any, gradient: Any, value: jax.Array, adjoi
     return jnp.where(known, SAFETY * distance + scale * relative, jnp.inf)
 
 
-def _norm(tree: Any, dtype: Any) -> jax.Array:
+def _norm(tree: Any, dtype: Any) -> Scalar:
     """The 2-norm over all leaves, which may have several dtypes."""
-    return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(dtype), tree))
+    leaves = [leaf.astype(dtype) for leaf in jax.tree.leaves(tree)]
+    scale = power_of_two(*leaves)  # squares of numbers divided by it neither overflow nor underflow
+    return scale * optax.tree.norm([leaf / scale for leaf in leaves])

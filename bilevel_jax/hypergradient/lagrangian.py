@@ -1,9 +1,10 @@
-"""The Lagrangian of a bilevel problem at one x, whose derivatives are all that a hyper-gradient is made of.
+"""The Lagrangian of a bilevel problem at one x. Every part of a hyper-gradient is one of its derivatives.
 
-  L(x, V, w) = f(x, solution read off V) + w' (T_x V - V)
+  L(x, V, w) = f(x, the solution that V implies) + w' (T_x V - V)
 
-dL/dw = 0 is the lower level, dL/dV = 0 the adjoint equation (I - discount P_pi)' w = df/dV, and at the V* and w* that
-solve them dL/dx is the hyper-gradient. Anywhere else it is the estimate that V and w allow.
+dL/dw = 0 is the equation of the lower level, and dL/dV = 0 is the adjoint equation (I - discount P_pi)' w = df/dV. At
+the V* and w* that solve them, dL/dx is the hyper-gradient. At any other V and w it is an estimate of the
+hyper-gradient.
 """
 
 from collections.abc import Callable
@@ -13,51 +14,60 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
-from bilevel_jax.adjoint import LinearSolver, LinearStats, linear_solve
-from bilevel_jax.bellman import backup, discounted_operator
-from bilevel_jax.errors import InputError
-from bilevel_jax.hypergradient.problem import Problem, lower_level
-from bilevel_jax.mdp import MDP, over_batch
-from bilevel_jax.regularizers import Regularizer
+from bilevel_jax.bilevel.problem import Problem, lower_level
+from bilevel_jax.core import rounding
+from bilevel_jax.core.arrays import PerState, Scalar
+from bilevel_jax.core.batching import over_batch
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.validation import as_float
+from bilevel_jax.linear import LinearSolver, LinearStats, linear_solve
+from bilevel_jax.mdp.bellman import backup, discounted_operator
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import Regularizer
 from bilevel_jax.solvers import Solution
-from bilevel_jax.validation import as_float
 
-ReadOut = Callable[[MDP, Regularizer, jax.Array], Solution]
+SolutionAt = Callable[[MDP, Regularizer, Float[Array, "*batch S"]], Solution]
 
 
-class Paid(NamedTuple):
-    """f at one V and its derivatives: in x directly, in the leaves of MDP and regularizer, in V[S]."""
+class ObjectiveAt(NamedTuple):
+    """f at one V, and its derivatives: in x directly, in the leaves of MDP and regularizer, and in V[S]."""
 
-    objective: jax.Array
+    value: Scalar
     of_x: Any
     of_theta: Any
-    of_value: jax.Array
+    of_value: Float[Array, "*batch S"]
 
 
 class Parts(NamedTuple):
-    """The summands of dL/dx, pytrees as x: df/dx directly, df/dtheta by what is read off V, and w' dT/dtheta.
+    """The summands of dL/dx, each a pytree like x.
 
-    `mixed`, the size of what the latter two are sums of: each of their terms with an arbitrary sign.
+    `direct` is df/dx with everything else fixed. `read` is df/dtheta, where theta are the leaves of MDP and regularizer
+    and the solution is computed from a fixed V. `backup` is w' dT/dtheta. `size` measures how large the numbers are
+    that `read` and `backup` sum up: each of their terms enters with its absolute value and an arbitrary sign, and is at
+    least as large as the numbers at which digits begin to be lost.
     """
 
     direct: Any
     read: Any
     backup: Any
-    mixed: Any
+    size: Any
 
     def total(self) -> Any:
         return jax.tree.map(lambda a, b, c: a + b + c, self.direct, self.read, self.backup)
 
 
 class Lagrangian:
-    """See the module. x is pulled back once through the leaves of MDP and regularizer, theta.
+    """The Lagrangian at one x, see the module.
+
+    Its derivatives in x pass once through theta, the leaves of MDP and regularizer.
 
     Args:
-      read: the solution as a function of (mdp, regularizer, V), with the derivative that f shall see.
+      read: the solution as a function of (mdp, regularizer, V), with the derivative that f is to see.
     """
 
-    def __init__(self, problem: Problem, x: Any, read: ReadOut):
+    def __init__(self, problem: Problem, x: Any, read: SolutionAt):
         def leaves_at(x):
             return eqx.partition(lower_level(problem, x), eqx.is_inexact_array)
 
@@ -65,11 +75,11 @@ class Lagrangian:
         self._problem, self._x, self._read = problem, x, read
 
     def lower(self, theta: Any = None) -> tuple[MDP, Regularizer]:
-        """MDP and regularizer, of other floating-point leaves if given."""
+        """Return MDP and regularizer, with other floating-point leaves if `theta` is given."""
         return eqx.combine(self._theta if theta is None else theta, self._rest)
 
-    def paid(self, value: jax.Array) -> Paid:
-        """f at V[S] and its derivatives. Raises InputError if f is no scalar."""
+    def objective_at(self, value: Float[Array, "*batch S"]) -> ObjectiveAt:
+        """Return f at V[S] and its derivatives. Raises InputError if f is no scalar."""
 
         def upper(x, theta, value):
             made = self._problem.objective(x, self._read(*self.lower(theta), value))
@@ -79,62 +89,74 @@ class Lagrangian:
             return objective
 
         objective, pull = jax.vjp(upper, self._x, self._theta, value)
-        return Paid(objective, *pull(jnp.ones_like(objective)))
+        of_x, of_theta, of_value = pull(jnp.ones_like(objective))
+        return ObjectiveAt(value=objective, of_x=of_x, of_theta=of_theta, of_value=of_value)
 
-    def gradient(self, paid: Paid, value: jax.Array, w: jax.Array) -> Any:
+    def gradient(self, objective: ObjectiveAt, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
         """dL/dx at V and w, both [S]."""
-        of_theta = jax.tree.map(jnp.add, paid.of_theta, self._of_backup(value, w))
-        return jax.tree.map(jnp.add, paid.of_x, *self._pull(of_theta))
+        of_theta = jax.tree.map(jnp.add, objective.of_theta, self._of_backup(value, w))
+        return jax.tree.map(jnp.add, objective.of_x, *self._pull(of_theta))
 
-    def parts(self, paid: Paid, value: jax.Array, w: jax.Array) -> Parts:
-        """The summands of `gradient`."""
+    def parts(self, objective: ObjectiveAt, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Parts:
+        """Return the summands of `gradient`."""
 
         def stacked(read, backup):
-            return jnp.stack([read, backup, _signs(read) * (jnp.abs(read) + jnp.abs(backup))])
+            least = rounding.full_precision(read.dtype)
+            return jnp.stack([read, backup, _signs(read) * (jnp.abs(read) + jnp.abs(backup) + least)])
 
-        each = jax.tree.map(stacked, paid.of_theta, self._of_backup(value, w))
-        (pulled,) = jax.vmap(self._pull)(each)  # at once: what x's derivatives are made of is read once
-        return Parts(paid.of_x, *(jax.tree.map(lambda leaf, i=i: leaf[i], pulled) for i in range(3)))
+        each = jax.tree.map(stacked, objective.of_theta, self._of_backup(value, w))
+        (pulled,) = jax.vmap(self._pull)(each)  # in one pass, which reads the data of x's derivatives once
+        read, of_backup, size = (jax.tree.map(lambda leaf, i=i: leaf[i], pulled) for i in range(3))
+        return Parts(direct=objective.of_x, read=read, backup=of_backup, size=size)
 
-    def _of_backup(self, value: jax.Array, w: jax.Array) -> Any:
+    def _of_backup(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
         _, pull = jax.vjp(lambda theta: over_batch(backup)(*self.lower(theta), value), self._theta)
         return pull(w)[0]
 
-    def residual(self, value: jax.Array) -> jax.Array:
+    def residual(self, value: Float[Array, "*batch S"]) -> Float[Array, "*batch S"]:
         """dL/dw = T V - V, [S]."""
         return over_batch(backup)(*self.lower(), value) - value
 
-    def adjoint_residual(self, policy: jax.Array, of_value: jax.Array, w: jax.Array) -> jax.Array:
+    def adjoint_residual(
+        self, policy: Float[Array, "*batch S A"], of_value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]
+    ) -> Float[Array, "*batch S"]:
         """dL/dV = df/dV - (I - discount P_pi)' w, [S], under a policy[S, A]."""
-        return of_value - w + over_batch(_push)(*self.lower(), policy, w)
+        return of_value - w + over_batch(_push)(self.lower()[0], policy, w)
 
     def solve_adjoint(
-        self, solver: LinearSolver, policy: jax.Array, rhs: jax.Array, guess: jax.Array | None
-    ) -> tuple[jax.Array, LinearStats]:
-        """w[S] with (I - discount P_pi)' w = rhs, from `guess` (zeros if None)."""
-        return _solve_adjoint(*self.lower(), policy, rhs, guess, solver=solver)
+        self,
+        linear_solver: LinearSolver,
+        policy: Float[Array, "*batch S A"],
+        rhs: Float[Array, "*batch S"],
+        initial_adjoint: Float[Array, "*batch S"] | None,
+    ) -> tuple[Float[Array, "*batch S"], LinearStats]:
+        """w[S] with (I - discount P_pi)' w = rhs, from `initial_adjoint` [S] (zeros if None)."""
+        return _solve_adjoint(self.lower()[0], policy, rhs, initial_adjoint, linear_solver=linear_solver)
 
 
-def _signs(like: jax.Array) -> jax.Array:
-    """1 and -1 without a pattern, of the shape of `like`: a bit of a multiplicative hash of the place."""
+def _signs(like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Return 1 and -1 without a pattern, in the shape of `like`: a bit of a multiplicative hash of each entry's
+    place.
+    """
     place = lax.iota(jnp.uint32, like.size) * jnp.uint32(2654435769)
     bit = (place ^ (place >> 15)) * jnp.uint32(2246822519) >> 31
     return (1 - 2 * bit.astype(like.dtype)).reshape(like.shape)
 
 
-def _push(mdp, regularizer, policy, w):
-    del regularizer
+def _push(mdp, policy, w):
     return discounted_operator(mdp, policy).apply_transpose(w)
 
 
 @over_batch
-def _solve_adjoint(mdp, regularizer, policy, rhs, guess, *, solver):
-    del regularizer
+def _solve_adjoint(mdp, policy, rhs, initial_adjoint, *, linear_solver):
     operator = discounted_operator(mdp, policy)
-    return linear_solve(solver, operator, mdp.modulus, rhs, transpose=True, guess=guess, share=False)
+    return linear_solve(linear_solver, operator, mdp.modulus, rhs, transpose=True, guess=initial_adjoint, share=False)
 
 
 @over_batch
-def sweep(mdp: MDP, regularizer: Regularizer, value: jax.Array, shift: jax.Array, *, count: int) -> jax.Array:
-    """V <- T V + shift, `count` times, all [S]: differentiated as what it is, a loop."""
+def sweep(mdp: MDP, regularizer: Regularizer, value: PerState, shift: PerState, *, count: int) -> PerState:
+    """Return V after `count` times V <- T V + shift, all [S].
+
+    Derivatives pass through this loop as they do through any.
+    """
     return lax.scan(lambda v, _: (backup(mdp, regularizer, v) + shift, None), value, length=count)[0]

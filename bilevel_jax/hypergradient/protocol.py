@@ -1,33 +1,36 @@
-"""What every method of making a hyper-gradient keeps to, and what it returns."""
+"""The protocol of a method for a hyper-gradient, and its result."""
 
 import abc
 from typing import Any
 
 import equinox as eqx
-import jax
+from jaxtyping import Array, Float
 
-from bilevel_jax.hypergradient.problem import Problem
-from bilevel_jax.results import Outcome, finite_outcome
+from bilevel_jax.bilevel.problem import Problem
+from bilevel_jax.core.arrays import Scalar
+from bilevel_jax.core.results import Outcome, finite_outcome
+from bilevel_jax.linear import LinearStats
 from bilevel_jax.solvers import Solution
 
 
 class Hypergradient(eqx.Module):
     """The hyper-gradient at one x.
 
-    `value` f(x, pi*(x)), a scalar; `gradient`, a pytree as x; `solution` of the lower level; `adjoint`
-    w[S] with (I - discount P_pi)' w = df/dV (batch axes as in the MDP), a signed discounted occupancy;
-    `stats` of the adjoint solve. `error` bounds the 2-norm, over all leaves, of gradient minus the true
-    hyper-gradient, to first order: each method says where it has it from; None where it was not
-    asked for. `adjoint` and `stats` are None from methods that do without. `bj.check(hypergradient)` raises where
-    solution or adjoint did not converge, or value or gradient is not finite.
+    `value` is f(x, pi*(x)), a scalar. `gradient` is a pytree like x. `solution` is that of the lower level. `adjoint`
+    is w[S] with (I - discount P_pi)' w = df/dV (batch axes as in the MDP), a signed discounted occupancy; `stats` is
+    the report of its solve. `error` bounds the 2-norm, over all leaves, of the gradient minus the true hyper-gradient,
+    to first order. Each method documents how it computes this bound; it is None where it was not asked for. `adjoint`
+    and `stats` are None from methods without an adjoint. `bj.check(hypergradient)` raises where solution or adjoint did
+    not converge, or where value or gradient is not finite.
     """
 
-    value: jax.Array
+    value: Scalar
     gradient: Any
     solution: Solution
-    adjoint: Any  # jax.Array, or None; the same for LinearStats and error
-    stats: Any
-    error: Any
+    # Or None, as said above; Any, because whoever chose the method knows which.
+    adjoint: Float[Array, "*batch S"] | Any
+    stats: LinearStats | Any
+    error: Scalar | Any
 
     def outcomes(self) -> tuple[Outcome, ...]:
         adjoint = () if self.stats is None else (Outcome("adjoint", self.stats.result, self.stats.error_bound),)
@@ -35,15 +38,15 @@ class Hypergradient(eqx.Module):
 
 
 class Method(eqx.Module):
-    """How a hyper-gradient is made."""
+    """A method for a hyper-gradient."""
 
     @abc.abstractmethod
     def estimate(
         self,
         problem: Problem,
         x: Any,
-        initial_value: jax.Array | None,
-        initial_adjoint: jax.Array | None,
+        initial_value: Float[Array, "*batch S"] | None,
+        initial_adjoint: Float[Array, "*batch S"] | None,
         with_error: bool,
     ) -> Hypergradient:
-        """Value and gradient at x from warm starts (V[S] and w[S], or None); `with_error` is static."""
+        """Return value and gradient at x from warm starts (V[S] and w[S], or None). `with_error` is static."""

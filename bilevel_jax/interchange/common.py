@@ -1,19 +1,20 @@
-"""What the forms share: a process as a sparse matrix of pairs, rewards of -inf, one discount.
+"""What the formats share: a process as a sparse matrix with one row per pair, rewards of -inf, one discount.
 
-`rows` is a scipy CSR matrix [S A, S], P[s, a, :] in row s A + a.
+`rows` is a scipy CSR matrix [S A, S] with P[s, a, :] in row s A + a.
 """
 
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Float, Float64
 from scipy import sparse
 
-from bilevel_jax.errors import InputError
-from bilevel_jax.mdp import MDP
-from bilevel_jax.memory import require_room
-from bilevel_jax.transitions import DenseTransition, SuccessorTransition, Transition
-from bilevel_jax.validation import as_numpy, is_known
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.memory import require_room
+from bilevel_jax.core.validation import as_numpy, is_known
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.transitions import DenseTransition, SuccessorTransition, Transition
 
 # The first correction leaves an error of a rounding or two, which moves the sum again.
 ROUNDS = 3
@@ -39,7 +40,7 @@ def as_matrix(name: str, value: Any, shape: tuple[int, ...] | None = None) -> An
 
 
 def bytes_of(entries: int, dtype: Any) -> int:
-    """What so many entries take in a list of successors: an index and a probability each."""
+    """Return the bytes that `entries` entries take in a list of successors: an index and a probability per entry."""
     return entries * (np.dtype(np.int32).itemsize + np.dtype(dtype).itemsize)
 
 
@@ -57,12 +58,14 @@ def require_room_for_pairs(name: str, states: int, actions: int, pairs: int, giv
 
 
 def successors(
-    rows: Any, actions: int, available: np.ndarray | None = None, given: int | None = None
+    rows: Any, actions: int, available: Bool[np.ndarray, "S A"] | None = None, given: int | None = None
 ) -> SuccessorTransition:
-    """`rows` as successor lists [K, S, A], K the entries of the fullest row; what is unavailable stays where it is.
+    """Return `rows` as successor lists [K, S, A], where K is the number of entries of the fullest row.
+
+    A pair that is not available stays in its state.
 
     Args:
-      given: bytes that the input takes; None: what `rows` do.
+      given: the bytes that the input takes; None takes those of `rows`.
 
     Raises:
       InputError: one full row among sparse ones makes the lists too large, see `require_room`.
@@ -96,8 +99,8 @@ def successors(
     return SuccessorTransition(successor.reshape(shape), probability.reshape(shape))
 
 
-def dense(probability: np.ndarray, available: np.ndarray | None = None) -> DenseTransition:
-    """P[S, A, S]; what is unavailable stays where it is."""
+def dense(probability: Float[np.ndarray, "S A S"], available: Bool[np.ndarray, "S A"] | None = None) -> DenseTransition:
+    """Return P[S, A, S]. A pair that is not available stays in its state."""
     if available is not None:
         states = len(probability)
         stay = np.broadcast_to(np.eye(states)[:, None], probability.shape)
@@ -105,13 +108,13 @@ def dense(probability: np.ndarray, available: np.ndarray | None = None) -> Dense
     return DenseTransition(probability)
 
 
-def split_reward(reward: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """(rewards [S, A], `available` or None) of rewards that are -inf where a state lacks the action."""
+def split_reward(reward: Float[np.ndarray, "S A"]) -> tuple[Float[np.ndarray, "S A"], Bool[np.ndarray, "S A"] | None]:
+    """Return (rewards [S, A], `available` or None) for rewards that are -inf where a state lacks the action."""
     available = reward != -np.inf
     return (reward, None) if available.all() else (np.where(available, reward, 0), available)
 
 
-def joined_reward(mdp: MDP) -> np.ndarray:
+def joined_reward(mdp: MDP) -> Float[np.ndarray, "S A"]:
     """r[S, A], -inf where the action is not available."""
     reward = np.asarray(mdp.reward)
     return reward if mdp.available is None else np.where(np.asarray(mdp.available), reward, -np.inf)
@@ -143,10 +146,12 @@ def rows_of(transition: Transition) -> Any:
     )
 
 
-def sums_to_one(probability: np.ndarray) -> np.ndarray:
-    """float64[..., S] with rows divided by their sums, as near to 1 as numpy's sums of them can tell.
+def sums_to_one(probability: Float[np.ndarray, "*rows S"]) -> Float64[np.ndarray, "*rows S"]:
+    """Return float64[..., S] with each row divided by its sum, so that numpy's sums of the rows are as near to 1 as
+    possible.
 
-    Peers check sums in float64: pymdptoolbox to 2e-15, which rows of float32 miss by 1e-7 and long rows by rounding.
+    Other libraries check sums in float64, pymdptoolbox to 2e-15. Rows of float32 miss that by 1e-7, and long rows by
+    rounding.
     """
     rows = np.array(probability, np.float64)
     rows /= rows.sum(-1, keepdims=True)
@@ -158,7 +163,7 @@ def sums_to_one(probability: np.ndarray) -> np.ndarray:
 
 
 def rows_sum_to_one(rows: Any) -> Any:
-    """The same of a CSR matrix, by the sums that scipy makes."""
+    """Like `sums_to_one`, for a CSR matrix and scipy's sums."""
     matrix = rows.astype(np.float64)
     lengths = np.diff(matrix.indptr)
     filled = np.flatnonzero(lengths)
@@ -184,20 +189,38 @@ def by_pair(matrices: list[Any]) -> Any:
 
 
 def the_discount(mdp: MDP) -> float:
-    """The discount of an MDP that has one. Raises InputError."""
+    """Return the discount of an MDP that has only one. Raises InputError otherwise."""
     discount = np.asarray(mdp.discount)
     used = discount if discount.ndim == 0 or mdp.available is None else discount[np.asarray(mdp.available)]
     values = np.unique(used)
     if values.size > 1:
         raise InputError(
             f"discount: this form has one discount, the MDP has {values.size}, from {values[0]:g} to "
-            f"{values[-1]:g}; export mdp.with_end_state()"
+            f"{values[-1]:g}; export bj.interchange.with_end_state(mdp)"
         )
     return float(values[0])
 
 
-def with_end_state(mdp: MDP, one_action: bool) -> MDP:
-    """See `MDP.with_end_state`."""
+def with_end_state(mdp: MDP, *, one_action: bool = True) -> MDP:
+    """Return the same process with one discount for all pairs, and with one more state, the last, in which it has
+    ended.
+
+    If d is the largest discount, a pair with discount[s, a] ends the process with probability 1 - discount[s, a] / d.
+    That probability leads to the last state, which pays nothing for ever. Values, action values and policies of the
+    other states stay the same. The result is stored by successors; `initial` is 0 at the end.
+
+    Args:
+      one_action: whether the last state has only action 0. That is right for Shannon and Tsallis entropy, because more
+        actions would earn entropy there. False gives it all actions, for solvers without masks.
+
+    Raises:
+      InputError: batch axes, traced values, or a transition that has no entries.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), jnp.array([[0.9, 0.0], [0.9, 0.9]]))
+      >>> bj.interchange.with_end_state(mdp).num_states
+      3
+    """
     require_exportable(mdp)
     states, actions = mdp.num_states, mdp.num_actions
     available = np.ones((states, actions), bool) if mdp.available is None else np.asarray(mdp.available)

@@ -4,27 +4,40 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxtyping import ArrayLike, Bool, Float64, Real
 from scipy import sparse
 
-from bilevel_jax.errors import InputError
-from bilevel_jax.interchange.common import (
-    as_matrix,
-    bytes_of,
-    require_room_for_pairs,
-    successors,
-)
-from bilevel_jax.mdp import MDP
-from bilevel_jax.memory import require_room
-from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import as_numpy
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.memory import require_room
+from bilevel_jax.core.validation import as_numpy
+from bilevel_jax.interchange.common import as_matrix, bytes_of, require_room_for_pairs, successors
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.transitions import SuccessorTransition
 
 
-def read(env: Any, discount: Any, initial: Any) -> MDP:
-    """See `MDP.from_gymnasium`.
+def from_gymnasium(
+    env: Any, discount: Real[ArrayLike, ""] | Any = 0.99, *, initial: Real[ArrayLike, " S"] | Any | None = None
+) -> MDP:
+    """The MDP of a tabular gymnasium environment (FrozenLake, Taxi, CliffWalking), by successors.
 
-    With probability e of terminating and d the discount, Q = r + d (1 - e) E[V(s') | not terminated]: a
-    pair gets the discount d (1 - e) and the successors that do not terminate, by their probability given
-    that. This is exact for every regularizer, whatever the table says of the terminal states themselves.
+    A pair that terminates with probability e gets the discount d (1 - e), and as successors those that do not
+    terminate. That is exact for all values and policies: Q = r + d (1 - e) E[V(s') | not terminated] for every
+    regularizer, whatever the table says of the terminal states themselves. Where 0 < e < 1 (slippery FrozenLake),
+    discounts differ between pairs; `with_end_state` turns that into a state. Time limits are left out.
+
+    Args:
+      env: the environment, wrapped or not, or its table P[s][a] = [(probability, next state, reward,
+        terminated), ...]. An action that a state does not list, or with an empty list, is not available.
+      discount: d, a number in [0, 1); gymnasium has none.
+      initial: rho[S]; None is the environment's `initial_state_distrib`, or uniform.
+
+    Raises:
+      InputError: no such table, or one whose probabilities or states are wrong.
+
+    Example:
+      >>> table = {0: {0: [(1.0, 1, 0.0, False)]}, 1: {0: [(1.0, 0, 1.0, True)]}}  # P[s][a], as env.unwrapped.P
+      >>> bj.interchange.from_gymnasium(table, 0.9).reward.tolist()
+      [[0.0], [1.0]]
     """
     inner, table = _table(env)
     states = len(table)
@@ -61,11 +74,13 @@ def read(env: Any, discount: Any, initial: Any) -> MDP:
     return MDP(kernel, reward, discount, initial, mask)
 
 
-def read_outcomes(env: Any, initial: Any) -> tuple[MDP, np.ndarray, np.ndarray]:
-    """(MDP, rewards, ends) of a table as it is: for a simulator, see `TabularEnvironment.from_gymnasium`.
+def read_outcomes(
+    env: Any, initial: Real[ArrayLike, " S"] | Any | None
+) -> tuple[MDP, Float64[np.ndarray, "S A K"], Bool[np.ndarray, "S A K"]]:
+    """Return (MDP, rewards, ends) of a table, outcome by outcome, for `TabularEnvironment.from_gymnasium`.
 
-    Outcome k of a pair is slot k of the MDP's successor lists [K, S, A], also where it terminates; its reward and
-    whether it terminates are [S, A, K]. The MDP's discount has no meaning.
+    Outcome k of a pair is slot k of the MDP's successor lists [K, S, A], also where it terminates. The outcomes'
+    rewards, and whether they terminate, are [S, A, K]. The MDP's discount has no meaning.
     """
     inner, table = _table(env)
     states = len(table)

@@ -3,9 +3,11 @@
 from typing import Any
 
 import numpy as np
+from jaxtyping import ArrayLike, Float, Float64, Real
 from scipy import sparse
 
-from bilevel_jax.errors import InputError
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.validation import as_numpy
 from bilevel_jax.interchange.common import (
     as_matrix,
     by_action,
@@ -18,13 +20,30 @@ from bilevel_jax.interchange.common import (
     sums_to_one,
     the_discount,
 )
-from bilevel_jax.mdp import MDP
-from bilevel_jax.transitions import DenseTransition
-from bilevel_jax.validation import as_numpy
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.transitions import DenseTransition
 
 
-def read(transition: Any, reward: Any, discount: Any, initial: Any) -> MDP:
-    """See `MDP.from_mdptoolbox`."""
+def from_mdptoolbox(
+    transition: Any,
+    reward: Any,
+    discount: Real[ArrayLike, ""] | Real[ArrayLike, "S A"] | Any,
+    *,
+    initial: Real[ArrayLike, " S"] | Any | None = None,
+) -> MDP:
+    """Return an MDP from arrays in the order of MDPToolbox.
+
+    Args:
+      transition: P[A, S, S] (stays dense), or a list of A scipy sparse matrices [S, S] (stored by successors).
+      reward: [S] or [S, A]; or, if it also depends on the next state, [A, S, S] or A sparse matrices.
+
+    Raises:
+      InputError: shapes that disagree, or an error that `MDP` raises.
+
+    Example:
+      >>> bj.interchange.from_mdptoolbox(np.full((2, 3, 3), 1 / 3), np.zeros((3, 2)), 0.9).num_actions
+      2
+    """
     if _is_sparse(transition):
         count = len(transition)
         first = transition[0].shape[0]
@@ -45,7 +64,7 @@ def _is_sparse(matrices: Any) -> bool:
     return isinstance(matrices, list | tuple | np.ndarray) and any(sparse.issparse(m) for m in matrices)
 
 
-def _expected(reward: Any, matrices: list[Any]) -> np.ndarray:
+def _expected(reward: Any, matrices: list[Any]) -> Float[np.ndarray, "S A"]:
     """r[S, A], of rewards of the state, of the pair, or of the pair and the next state."""
     actions, states = len(matrices), matrices[0].shape[0]
     shapes = f"[S] = [{states}], [S, A] = {[states, actions]} or [A, S, S] = {[actions, states, states]}"
@@ -67,8 +86,20 @@ def _expected(reward: Any, matrices: list[Any]) -> np.ndarray:
     return np.stack([np.asarray(product).reshape(states) for product in products], 1)
 
 
-def write(mdp: MDP) -> tuple[Any, np.ndarray, float]:
-    """See `MDP.to_mdptoolbox`."""
+def to_mdptoolbox(mdp: MDP) -> tuple[Any, Float64[np.ndarray, "S A"], float]:
+    """Return (P, R, discount) in the order of MDPToolbox; P[A, S, S], or A CSR matrices if it is not dense, and R[S,
+    A].
+
+    All are float64, with rows of P divided by their sums, because MDPToolbox refuses the sums of float32 rows.
+
+    Raises:
+      InputError: batch axes, traced values, several discounts, or states with fewer actions.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((3, 2, 3), 1 / 3), jnp.zeros((3, 2)), 0.9)
+      >>> bj.interchange.to_mdptoolbox(mdp)[0].shape
+      (2, 3, 3)
+    """
     require_exportable(mdp)
     if mdp.available is not None:
         raise InputError(

@@ -1,11 +1,16 @@
-"""QuantEcon's `DiscreteDP`: the product form, rewards of -inf meaning no such action, and state-action pairs."""
+"""QuantEcon's `DiscreteDP`, in its product form, where a reward of -inf means that there is no such action, and in its
+form of state-action pairs.
+"""
 
 from typing import Any
 
 import numpy as np
+from jaxtyping import ArrayLike, Int, Real
 from scipy import sparse
 
-from bilevel_jax.errors import InputError
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.memory import require_room
+from bilevel_jax.core.validation import as_numpy
 from bilevel_jax.interchange.common import (
     as_matrix,
     bytes_of,
@@ -20,14 +25,35 @@ from bilevel_jax.interchange.common import (
     sums_to_one,
     the_discount,
 )
-from bilevel_jax.mdp import MDP
-from bilevel_jax.memory import require_room
-from bilevel_jax.transitions import DenseTransition
-from bilevel_jax.validation import as_numpy
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.transitions import DenseTransition
 
 
-def read(reward: Any, transition: Any, discount: Any, s_indices: Any, a_indices: Any, initial: Any) -> MDP:
-    """See `MDP.from_quantecon`."""
+def from_quantecon(
+    reward: Any,
+    transition: Any = None,
+    discount: Any = None,
+    s_indices: Any = None,
+    a_indices: Any = None,
+    *,
+    initial: Real[ArrayLike, " S"] | Any | None = None,
+) -> MDP:
+    """The MDP of a QuantEcon `DiscreteDP`, or of its arguments; dense if its transition is.
+
+    Args:
+      reward: a `DiscreteDP`; or R[S, A], -inf where the state lacks the action; or R[L] of pairs.
+      transition: Q[S, A, S]; or of pairs [L, S], an array or a scipy sparse matrix.
+      discount: a number (`beta`).
+      s_indices, a_indices: state and action of each pair, int[L]; other pairs are not available.
+
+    Raises:
+      InputError: shapes or indices that disagree, a pair that stands twice, or an error that `MDP` raises.
+
+    Example:
+      >>> reward = np.array([[1.0, -np.inf], [0.0, 2.0]])  # state 0 lacks action 1
+      >>> bj.interchange.from_quantecon(reward, np.full((2, 2, 2), 0.5), 0.9).available.tolist()
+      [[True, False], [True, True]]
+    """
     if transition is None and all(hasattr(reward, name) for name in ("R", "Q", "beta")):
         process = reward
         reward, transition, discount = process.R, process.Q, process.beta
@@ -88,7 +114,7 @@ def _of_pairs(reward, transition, discount, s_indices, a_indices, initial) -> MD
     return MDP(kernel, table, discount, initial, available)
 
 
-def _indices(name: str, value: Any, pairs: int, limit: int | None) -> np.ndarray:
+def _indices(name: str, value: Any, pairs: int, limit: int | None) -> Int[np.ndarray, " L"]:
     index = np.asarray(value)
     if index.shape != (pairs,) or not np.issubdtype(index.dtype, np.integer):
         raise InputError(f"{name}: expected {pairs} integers, one for each row, got {index.dtype}{list(index.shape)}")
@@ -99,8 +125,20 @@ def _indices(name: str, value: Any, pairs: int, limit: int | None) -> np.ndarray
     return index.astype(np.int64)
 
 
-def write(mdp: MDP) -> tuple[Any, ...]:
-    """See `MDP.to_quantecon`."""
+def to_quantecon(mdp: MDP) -> tuple[Any, ...]:
+    """The arguments of `DiscreteDP`: (R, Q, beta) if dense, else (R, Q, beta, s_indices, a_indices).
+
+    R and Q are float64, rows of Q divided by their sums.
+
+    Raises:
+      InputError: batch axes, traced values, or several discounts.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((3, 2, 3), 1 / 3), jnp.zeros((3, 2)), 0.9)
+      >>> reward, transition, discount = bj.interchange.to_quantecon(mdp)
+      >>> transition.shape
+      (3, 2, 3)
+    """
     require_exportable(mdp)
     reward, discount, kernel = joined_reward(mdp).astype(np.float64), the_discount(mdp), mdp.transition
     if isinstance(kernel, DenseTransition):

@@ -4,39 +4,66 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
-from bilevel_jax.validation import as_float
+from bilevel_jax.core.validation import as_float
 
 # 1: the first is better; 1/2: a tie; 0: the second is better
 FIRST, TIE, SECOND = 1.0, 0.5, 0.0
 
 
-def segment_return(rewards: jax.Array, valid: jax.Array) -> jax.Array:
-    """The undiscounted sum of rewards [..., H] over valid steps [..., H], [...]. Others may hold anything, NaN too."""
+def segment_return(
+    rewards: Real[ArrayLike, "*batch H"] | Any, valid: Bool[ArrayLike, "*batch H"]
+) -> Float[Array, "*batch"]:
+    """Return the undiscounted sum of rewards over valid steps.
+
+    Steps that are not valid may hold anything, NaN too.
+
+    Example:
+      >>> float(bj.preferences.segment_return(jnp.array([1.0, 2.0, 4.0]), jnp.array([True, True, False])))
+      3.0
+    """
     return jnp.sum(jnp.where(valid, as_float("rewards", rewards), 0), -1)
 
 
-def preference_probability(return_1: jax.Array, return_2: jax.Array) -> jax.Array:
-    """P(first over second), [...], from returns [...]."""
+def preference_probability(
+    return_1: Real[ArrayLike, "*#batch"] | Any, return_2: Real[ArrayLike, "*#batch"] | Any
+) -> Float[Array, "*batch"]:
+    """Return P(first over second), [...], from returns [...].
+
+    Example:
+      >>> float(bj.preferences.preference_probability(jnp.asarray(1.0), jnp.asarray(1.0)))
+      0.5
+    """
     return jax.nn.sigmoid(gain_of(return_1, return_2))
 
 
-def log_likelihood(return_1: Any, return_2: Any, label: Any) -> jax.Array:
-    """label log P(first over second) + (1 - label) log P(second over first), [...]; at most 0.
+def log_likelihood(
+    return_1: Real[ArrayLike, "*#batch"] | Any,
+    return_2: Real[ArrayLike, "*#batch"] | Any,
+    label: Real[ArrayLike, "*#batch"] | Any,
+) -> Float[Array, "*batch"]:
+    """Return label log P(first over second) + (1 - label) log P(second over first), [...]; at most 0.
+
+    It is exact where the probabilities round to 0 or 1, and as smooth at equal returns as elsewhere.
 
     Args:
-      return_1, return_2: [...], of the reward model.
-      label: 1, 1/2 (a tie) or 0, [...], or anything between: since the likelihood is linear in it, a
-        mean label gives the mean likelihood.
+      return_1, return_2: [...], the returns under the reward model.
+      label: 1, 1/2 (a tie) or 0, [...], or any number between. Since the likelihood is linear in the label, a mean
+        label gives the mean likelihood.
 
-    Exact where the probabilities round to 0 or 1, and as smooth at equal returns as elsewhere.
+    Example:
+      >>> round(float(bj.preferences.log_likelihood(2.0, 2.0, 1.0)), 3)  # -log 2
+      -0.693
     """
     gain = gain_of(return_1, return_2)
     return _log_likelihood(*jnp.broadcast_arrays(gain, as_float("label", label, gain.dtype)))
 
 
-def gain_of(return_1: Any, return_2: Any) -> jax.Array:
-    """What the first of two segments has more than the second, [...]."""
+def gain_of(
+    return_1: Real[ArrayLike, "*#batch"] | Any, return_2: Real[ArrayLike, "*#batch"] | Any
+) -> Float[Array, "*batch"]:
+    """Return how much larger the first of two returns is, [...]."""
     first, second = jnp.broadcast_arrays(as_float("return_1", return_1), as_float("return_2", return_2))
     return first - second
 

@@ -1,4 +1,4 @@
-"""Bilevel problems by name: `make("four_rooms", beta=3.0)`, `names()`. One problem a file."""
+"""Bilevel problems by name: `make("four_rooms", beta=3.0)`, `names()`. One problem per file."""
 
 from bilevel_jax.problems import (
     environment_design,

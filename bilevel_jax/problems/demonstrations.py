@@ -1,9 +1,9 @@
-"""Demonstrations in a file: one row for each step, with the columns state, action, time and episode.
+"""Demonstrations in a file: one row per step, with the columns state, action, time and episode.
 
-A .npz (numpy's) holds these four arrays, each [N]; a .csv has their names in its first line and N lines of numbers.
-Other arrays and columns are not read, and rows may stand in any order. All four are whole numbers:
-  state: from 0 to S - 1; of a map, its free cells in row-major order.
-  action: from 0 to A - 1; of a map, up, right, down, left.
+A .npz file (numpy's) holds these four arrays, each [N]. A .csv file has their names in its first line, and N lines of
+numbers. Other arrays and columns are ignored, and rows may be in any order. All four are whole numbers:
+  state: from 0 to S - 1; for a map, its free cells in row-major order.
+  action: from 0 to A - 1; for a map, up, right, down, left.
   time: 0 in the first step of an episode, then 1, 2, ... without gaps.
   episode: any number that its steps share.
 """
@@ -11,27 +11,27 @@ Other arrays and columns are not read, and rows may stand in any order. All four
 import zipfile
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int64, Real, Shaped
 
-from bilevel_jax.errors import InputError
-from bilevel_jax.mdp import MDP
-from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import is_known
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.validation import is_known
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.transitions import SuccessorTransition
 
 OPTION = "demonstrations_file"
 COLUMNS = ("state", "action", "time", "episode")
 
 
-def visits_of_file(path: str, mdp: MDP) -> jax.Array:
-    """The mean over the file's episodes of sum_t discount^t 1{s_t = s, a_t = a}, [S, A].
+def visits_of_file(path: str, mdp: MDP) -> Float[Array, "S A"]:
+    """Return the mean over the file's episodes of sum_t discount^t 1{s_t = s, a_t = a}.
 
-    The process says what is possible: one whose transition is a `SuccessorTransition`, with one discount.
+    The process says which steps are possible. Its transition is a `SuccessorTransition`, and it has one discount.
 
     Raises:
-      InputError: the file cannot be read or lacks a column; entries that are no whole numbers or out of range;
-        episodes with a gap or a step twice; a start or a step that the process does not make.
+      InputError: the file cannot be read or lacks a column; entries are no whole numbers or out of range; an episode
+        has a gap or a step twice; a start or a step has probability 0 in the process.
     """
     state, action, time, episode = _read(path)
     for name, column, size in (("state", state, mdp.num_states), ("action", action, mdp.num_actions)):
@@ -50,8 +50,8 @@ def visits_of_file(path: str, mdp: MDP) -> jax.Array:
     return jnp.zeros_like(mdp.reward).at[state, action].add(weight)
 
 
-def _read(path: str) -> list[np.ndarray]:
-    """The four columns, int64 [N] each."""
+def _read(path: str) -> list[Int64[np.ndarray, " N"]]:
+    """The four columns."""
     remedy = f"give a .npz or .csv with {', '.join(COLUMNS)}"
     if not path.endswith((".npz", ".csv")):
         raise InputError(f"{OPTION}: {path!r} ends in neither .npz nor .csv; {remedy}")
@@ -89,7 +89,7 @@ def _read_csv(path: str) -> dict[str, np.ndarray]:
     return {names[place]: column for place, column in zip(used, table.T, strict=True)}
 
 
-def _whole(path: str, name: str, column: np.ndarray) -> np.ndarray:
+def _whole(path: str, name: str, column: Shaped[np.ndarray, " N"]) -> Int64[np.ndarray, " N"]:
     if not (np.issubdtype(column.dtype, np.integer) or np.issubdtype(column.dtype, np.floating)):
         raise InputError(f"{OPTION}: {path} has a {name} of {column.dtype}; expected whole numbers")
     known = np.isfinite(column) & (np.abs(column.astype(float)) < 2**53)
@@ -98,14 +98,20 @@ def _whole(path: str, name: str, column: np.ndarray) -> np.ndarray:
     return whole
 
 
-def _require(path: str, good: np.ndarray, column: np.ndarray, name: str, remedy: str) -> None:
+def _require(path: str, good: Bool[np.ndarray, " N"], column: Real[np.ndarray, " N"], name: str, remedy: str) -> None:
     """Raise InputError that names the first row, from 0, in which a column is not good."""
     if not good.all():
         row = int(np.argmin(good))
         raise InputError(f"{OPTION}: {path}, step {row} of the file: {name} is {column[row]:g}; {remedy}")
 
 
-def _require_steps(path: str, good: np.ndarray, episode: np.ndarray, time: np.ndarray, remedy: str) -> None:
+def _require_steps(
+    path: str,
+    good: Bool[np.ndarray, " N"],
+    episode: Int64[np.ndarray, " N"],
+    time: Int64[np.ndarray, " N"],
+    remedy: str,
+) -> None:
     if not good.all():
         row = int(np.argmin(good))
         raise InputError(f"{OPTION}: {path}, episode {episode[row]}, time {time[row]}: {remedy}")

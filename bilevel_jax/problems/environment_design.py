@@ -1,9 +1,9 @@
 """Environment design: obstacles and a floor, built at a price, that lead an agent where the designer wants it.
 
-Design of an agent's environment with its best response in mind: Zhang, Chen and Parkes (IJCAI 2009, "A general
-approach to environment design with one agent"); changes of its transition probabilities at a cost: Keren, Pineda,
-Gal, Karpas and Zilberstein (IJCAI 2017, "Equi-reward utility maximizing design in stochastic environments"). The map
-and the numbers are our own.
+Zhang, Chen and Parkes (IJCAI 2009, "A general approach to environment design with one agent") design an agent's
+environment with its best response in mind. Keren, Pineda, Gal, Karpas and Zilberstein (IJCAI 2017, "Equi-reward utility
+maximizing design in stochastic environments") change its transition probabilities at a cost. The map and the numbers
+are our own.
 """
 
 import dataclasses
@@ -12,14 +12,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from bilevel_jax.evaluation import policy_value
-from bilevel_jax.mdp import MDP
+from bilevel_jax.bilevel import Problem
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import ShannonEntropy
 from bilevel_jax.problems.grid import Grid, map_rows, move_lists, parse_map
-from bilevel_jax.problems.options import as_fraction, as_number
+from bilevel_jax.problems.options import as_fraction, as_number, require_room_to_solve
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import ShannonEntropy
+from bilevel_jax.solvers.policy_value import policy_value
 
 ROWS = (
     "xxxxxxxxxxx",
@@ -56,10 +58,10 @@ class EnvironmentDesignOptions:
     floor_price: float = 0.05
 
 
-class EnvironmentDesign(eqx.Module):
+class EnvironmentDesign(Problem):
     """The problem. The upper variable is x[D + 1]: D cells where obstacles can be built, row-major, and the floor.
 
-    An obstacle stands in cell d with probability sigmoid(x[d]), anew at every step, and who moves there then stays
+    At every step, an obstacle stands in cell d with probability sigmoid(x[d]); an agent that moves there then stays
     where it was. The agent slips with probability max_slip * sigmoid(x[D]). Acting at a goal pays the agent 1 and
     ends the process (discount 0 there). The designer maximises, discounted, `visits` for each step in a cell t and
     `arrival` at the goal, minus obstacle_price * sum_d sigmoid(x[d]) and floor_price * (1 - sigmoid(x[D])).
@@ -71,24 +73,25 @@ class EnvironmentDesign(eqx.Module):
       InputError: a map without start, goal or obstacle, or a number out of range.
     """
 
-    moves: jax.Array  # int32 [S, A]
-    place: jax.Array  # int32 [D]
-    at_goal: jax.Array  # bool [S]
-    at_target: jax.Array  # bool [S]
-    initial: jax.Array  # [S]
-    discount: jax.Array
-    temperature: jax.Array
-    max_slip: jax.Array
-    visits: jax.Array
-    arrival: jax.Array
-    obstacle_price: jax.Array
-    floor_price: jax.Array
+    moves: Int32[Array, "S A"]
+    place: Int32[Array, " D"]
+    at_goal: Bool[Array, " S"]
+    at_target: Bool[Array, " S"]
+    initial: Float[Array, " S"]
+    discount: Float[Array, ""]
+    temperature: Float[Array, ""]
+    max_slip: Float[Array, ""]
+    visits: Float[Array, ""]
+    arrival: Float[Array, ""]
+    obstacle_price: Float[Array, ""]
+    floor_price: Float[Array, ""]
     rows: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, options: EnvironmentDesignOptions):
         self.rows = map_rows(options.rows)
         grid = self.grid
         self.moves = jnp.asarray(grid.moves(), jnp.int32)
+        require_room_to_solve("rows", *self.moves.shape)
         self.place = jnp.asarray(np.flatnonzero(grid.marked("o", "place for an obstacle")), jnp.int32)
         self.at_goal = jnp.asarray(grid.marked("g", "goal"))
         self.at_target = jnp.asarray(grid.marked("t"))
@@ -106,21 +109,21 @@ class EnvironmentDesign(eqx.Module):
         """The map; states are its free cells."""
         return parse_map(self.rows)
 
-    def start(self, key: jax.Array) -> jax.Array:
-        """Obstacles three times in four, and half of the slip: x ~ N(1, 0.1^2) and N(0, 0.1^2), [D + 1].
+    def start(self, key: PRNGKeyArray) -> Float[Array, " n"]:
+        """Draw obstacles with probability about 3/4, and about half of the slip: x ~ N(1, 0.1^2) and N(0, 0.1^2).
 
-        From few obstacles descent may end with none: an agent that is sure of its way hardly answers to a little more
-        of an obstacle, which costs at once.
+        From few obstacles, descent may end with none: an agent that is sure of its way hardly answers to a slightly
+        higher probability of an obstacle, while its price is paid at once.
         """
         noise = 0.1 * jax.random.normal(key, (self.place.size + 1,))
         return noise.at[:-1].add(1)
 
-    def obstacles(self, x: jax.Array) -> jax.Array:
-        """The probability of an obstacle in each cell, [S]; 0 where none can be built."""
+    def obstacles(self, x: Float[Array, " n"]) -> Float[Array, " S"]:
+        """The probability of an obstacle in each cell; 0 where none can be built."""
         probability = jax.nn.sigmoid(x[:-1])
         return jnp.zeros(self.initial.shape, probability.dtype).at[self.place].set(probability)
 
-    def slip(self, x: jax.Array) -> jax.Array:
+    def slip(self, x: Float[Array, " n"]) -> Float[Array, ""]:
         """The probability of another move than the chosen one."""
         return self.max_slip * jax.nn.sigmoid(x[-1])
 
@@ -131,7 +134,7 @@ class EnvironmentDesign(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         share = jax.nn.sigmoid(x)
         price = self.obstacle_price * jnp.sum(share[:-1]) + self.floor_price * (1 - share[-1])
         worth = jnp.where(self.at_target, self.visits, 0) + jnp.where(self.at_goal, self.arrival, 0)
@@ -143,8 +146,8 @@ class EnvironmentDesign(eqx.Module):
         built = self.obstacles(x)
         return (grid_panel(title, self.grid, built, solution.policy, label="probability of an obstacle", marks=marks),)
 
-    def _process(self, x: jax.Array, reward: jax.Array) -> MDP:
-        """The dynamics at x with a reward for being in each state, [S]."""
+    def _process(self, x: Float[Array, " n"], reward: Float[Array, " S"]) -> MDP:
+        """The dynamics at x with a reward for being in each state."""
         transition = move_lists(self.moves, self.slip(x), 1 - self.obstacles(x))
         shape = self.moves.shape
         discount = jnp.where(self.at_goal, 0, self.discount)[:, None]

@@ -5,24 +5,28 @@ likes. Two contexts (goals), known to the agent, with probability 1/2 each.
 """
 
 import dataclasses
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int32, PRNGKeyArray
 
+from bilevel_jax.bilevel import Problem, SampledProblem
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.functions import Table
+from bilevel_jax.core.options import require_choices
+from bilevel_jax.core.validation import as_float, plain, require_at_least, require_finite
 from bilevel_jax.environments import TabularEnvironment
-from bilevel_jax.errors import InputError
-from bilevel_jax.evaluation import policy_value
-from bilevel_jax.functions import Table
-from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.grid import Grid, dynamics, map_rows, parse_map
-from bilevel_jax.problems.options import as_fraction, require_size
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import ShannonEntropy
+from bilevel_jax.mdp.transitions import Transition
+from bilevel_jax.problems.grid import MOVES, Grid, dynamics, map_rows, parse_map
+from bilevel_jax.problems.options import as_fraction, as_sequence, require_room_to_solve, require_size
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import ShannonEntropy
-from bilevel_jax.transitions import Transition
-from bilevel_jax.validation import as_float, plain, require_at_least, require_finite
+from bilevel_jax.solvers.policy_value import policy_value
 
 ROWS = (
     "xxxxxxxxxxxxx",
@@ -68,16 +72,16 @@ class FourRoomsOptions:
     max_penalty: float = 0.2
     slip: float = 0.44
     rows: tuple[str, ...] = ROWS
-    penalties: str = "cells"
+    penalties: Literal["cells", "doors"] = "cells"
     closed: float = 0.0
     goals: tuple[tuple[int, int], ...] | None = None
     origin: tuple[int, int] | None = None
     target: tuple[int, int] | None = None
-    transition: str = "dense"
+    transition: Literal["dense", "successor", "stencil"] = "dense"
     horizon: int = 200
 
 
-class FourRooms(eqx.Module):
+class FourRooms(Problem, SampledProblem):
     """The problem. The upper variable is w[n + 1], the n cells with a penalty in row-major order, then a spare one.
 
     penalty[c] = -max_penalty * softmax(w)[c]: the agent pays it for acting in cell c, except at its
@@ -85,28 +89,29 @@ class FourRooms(eqx.Module):
     discounted sum of 1 in the target cell and -beta * sum_c |penalty[c]| at the goal. Sampled, a
     trajectory is cut after `horizon` steps.
 
-    The authors' code also has penalties in the corridors alone and doors there that are found closed with
-    a probability of their own, drawn at every step; the paper's results have neither. Here `penalties`
-    and `closed` are these two, with one probability for all doors, which are the cells marked d.
+    The authors' code has two more options that the paper's results do not use: penalties in the corridors only, and
+    doors there, each of which is closed with its own probability, drawn at every step. Here they are the options
+    `penalties` and `closed`, with one probability for all doors, which are the cells marked d.
 
     Raises:
       InputError: a map without start, goal, target or, where they are asked for, doors; or a number out of range.
     """
 
     transition: Transition
-    temperature: jax.Array
-    beta: jax.Array
-    discount: jax.Array
-    max_penalty: jax.Array
-    at_goal: jax.Array  # bool [C, S]
-    at_target: jax.Array  # bool [S]
-    place: jax.Array  # int32 [n], the states with a penalty
-    initial: jax.Array  # [S]
+    temperature: Float[Array, ""]
+    beta: Float[Array, ""]
+    discount: Float[Array, ""]
+    max_penalty: Float[Array, ""]
+    at_goal: Bool[Array, "C S"]
+    at_target: Bool[Array, " S"]
+    place: Int32[Array, " n"]  # the states with a penalty
+    initial: Float[Array, " S"]
     environment: TabularEnvironment
-    horizon: int = eqx.field(static=True, converter=plain)
+    horizon: int = eqx.field(static=True, converter=plain("horizon"))
     rows: tuple[str, ...] = eqx.field(static=True)
 
     def __init__(self, options: FourRoomsOptions):
+        require_choices(options)
         self.rows = map_rows(options.rows)
         grid = self.grid
         doors = grid.marked("d")
@@ -124,8 +129,6 @@ class FourRooms(eqx.Module):
         self.at_goal = jnp.asarray(_goals(grid, options))
         self.at_target = jnp.asarray(_one(grid, "target", options.target, "t"))
         self.initial = jnp.asarray(_one(grid, "origin", options.origin, "s"), float)
-        if options.penalties not in ("cells", "doors"):
-            raise InputError(f"penalties: expected 'cells' or 'doors', got {options.penalties!r}")
         if options.penalties == "doors":
             grid.marked("d", "door")
         self.place = jnp.asarray(np.flatnonzero(doors | (options.penalties == "cells")), jnp.int32)
@@ -137,11 +140,11 @@ class FourRooms(eqx.Module):
 
     @property
     def trajectories(self) -> int:
-        """One trajectory a loss."""
+        """The number of trajectories per loss: 1."""
         return 1
 
     @property
-    def loss_discount(self) -> jax.Array:
+    def loss_discount(self) -> Float[Array, ""]:
         """The designer discounts as the agent does."""
         return self.discount
 
@@ -150,12 +153,12 @@ class FourRooms(eqx.Module):
         """The map; `incentive(x)` is a function of its cells."""
         return parse_map(self.rows)
 
-    def start(self, key: jax.Array) -> jax.Array:
-        """w ~ N(0, 0.01^2), [n + 1]."""
+    def start(self, key: PRNGKeyArray) -> Float[Array, " n_and_spare"]:
+        """w ~ N(0, 0.01^2)."""
         return 0.01 * jax.random.normal(key, (self.place.size + 1,))
 
-    def incentive(self, x: jax.Array) -> jax.Array:
-        """The penalty of each cell, [S], at most 0."""
+    def incentive(self, x: Float[ArrayLike, " n_and_spare"]) -> Float[Array, " S"]:
+        """The penalty of each cell, at most 0."""
         penalty = -self.max_penalty * jax.nn.softmax(x)[:-1]
         if self.place.size == self.at_target.size:  # every cell
             return penalty
@@ -170,24 +173,25 @@ class FourRooms(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         value = policy_value(self._process(self._designer_reward(x)[..., None]), solution.policy)
         return -jnp.mean(value @ self.initial)
 
     def reward(self, x):
         return Table(self.mdp(x).reward.reshape(-1, self.transition.shape[-1]))
 
-    def loss(self, key, x, trajectories):
+    def loss(self, key, x, trajectories) -> Float[Array, " H"]:
         del key
         reward = self._designer_reward(x).reshape(-1)[trajectories.observation[0]]
         return -jnp.where(trajectories.valid[0], reward, 0)
 
     def panels(self, x, solution):
         contexts = len(self.at_goal)
+        goals = [tuple(self.grid.cells[np.flatnonzero(at)[0]].tolist()) for at in np.asarray(self.at_goal)]
         marks = {"T": self.at_target, "S": self.initial == 1}
         return tuple(
             grid_panel(
-                f"context {context + 1}" if contexts > 1 else "",
+                f"goal at row {goals[context][0]}, column {goals[context][1]}" if contexts > 1 else "",
                 self.grid,
                 self.incentive(x),
                 solution.policy[context],
@@ -197,29 +201,34 @@ class FourRooms(eqx.Module):
             for context in range(contexts)
         )
 
-    def _designer_reward(self, x: jax.Array) -> jax.Array:
-        """What the designer gets in each context and state, [C, S]."""
+    def _designer_reward(self, x: Float[Array, " n_and_spare"]) -> Float[Array, "C S"]:
+        """What the designer gets in each context and state."""
         price = self.beta * jnp.sum(jnp.abs(self.incentive(x)))
         return jnp.where(self.at_goal, -price, 0) + self.at_target.astype(price.dtype)[None]
 
-    def _process(self, reward: jax.Array) -> MDP:
+    def _process(self, reward: Float[Array, " C S #A"]) -> MDP:
         """The agent's dynamics in each context with a reward [C, S, A] or [C, S, 1]."""
         shape = (*self.at_goal.shape, self.transition.shape[-1])
         discount = jnp.where(self.at_goal, 0, self.discount)[..., None]
         return MDP(self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(discount, shape), self.initial)
 
 
-def _goals(grid: Grid, options: FourRoomsOptions) -> np.ndarray:
-    """The goal of each context, bool [C, S]."""
+def _goals(grid: Grid, options: FourRoomsOptions) -> Bool[np.ndarray, "C S"]:
+    """The goal of each context."""
     if options.goals is None:
-        return np.eye(len(grid.cells), dtype=bool)[grid.marked("g", "goal")]
-    if not options.goals:
-        raise InputError("goals: give at least one (row, column)")
-    return np.arange(len(grid.cells)) == np.array([[grid.state("goals", goal)] for goal in options.goals])
+        state = np.flatnonzero(grid.marked("g", "goal"))
+        require_room_to_solve("rows", state.size, len(grid.cells), len(MOVES))
+    else:
+        goals = as_sequence("goals", options.goals, "(row, column)")
+        if not goals:
+            raise InputError("goals: give at least one (row, column)")
+        require_room_to_solve("goals", len(goals), len(grid.cells), len(MOVES))
+        state = np.array([grid.state("goals", goal) for goal in goals])
+    return np.arange(len(grid.cells)) == state[:, None]
 
 
-def _one(grid: Grid, name: str, cell: tuple[int, int] | None, letter: str) -> np.ndarray:
-    """A cell by its place or, without one, by its letter; bool [S]."""
+def _one(grid: Grid, name: str, cell: tuple[int, int] | None, letter: str) -> Bool[np.ndarray, " S"]:
+    """A cell by its place or, without one, by its letter."""
     if cell is None:
         return grid.marked(letter, name, once=True)
     return np.arange(len(grid.cells)) == grid.state(name, cell)

@@ -5,18 +5,20 @@ import dataclasses
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from bilevel_jax.bilevel import Problem, SampledProblem
+from bilevel_jax.core.functions import Table
+from bilevel_jax.core.validation import as_float, plain, require_finite
 from bilevel_jax.environments import TabularEnvironment
-from bilevel_jax.evaluation import policy_value
-from bilevel_jax.functions import Table
-from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.options import require_seed, require_size
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import ShannonEntropy
+from bilevel_jax.mdp.transitions import SuccessorTransition
+from bilevel_jax.problems.options import require_room_to_solve, require_seed, require_size
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.random_process import random_successors
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import ShannonEntropy
-from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import as_float, plain
+from bilevel_jax.solvers.policy_value import policy_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class GarnetOptions:
     seed: int = 0
 
 
-class Garnet(eqx.Module):
+class Garnet(Problem, SampledProblem):
     """The problem. The upper variable is a bonus x[S, A] on top of the agent's reward, N(0, 1) of its own.
 
     The designer minimises the discounted sum of cost[s, a] + price / 2 x[s, a]^2, cost ~ N(0, 1).
@@ -50,13 +52,13 @@ class Garnet(eqx.Module):
     """
 
     transition: SuccessorTransition
-    base: jax.Array  # [S, A]
-    cost: jax.Array  # [S, A]
-    discount: jax.Array
-    temperature: jax.Array
-    price: jax.Array
+    base: Float[Array, "S A"]
+    cost: Float[Array, "S A"]
+    discount: Float[Array, ""]
+    temperature: Float[Array, ""]
+    price: Float[Array, ""]
     environment: TabularEnvironment
-    horizon: int = eqx.field(static=True, converter=plain)
+    horizon: int = eqx.field(static=True, converter=plain("horizon"))
 
     def __init__(self, options: GarnetOptions):
         for name in ("states", "actions", "horizon"):
@@ -64,6 +66,7 @@ class Garnet(eqx.Module):
         require_size(options, "branching", most=options.states, why="the number of states")
         require_seed(options)
         pairs = (options.states, options.actions)
+        require_room_to_solve("states, actions", *pairs)
         keys = jax.random.split(jax.random.key(options.seed), 4)
         self.transition = SuccessorTransition(*random_successors(keys[:2], pairs, options.states, options.branching))
         self.base = jax.random.normal(keys[2], pairs)
@@ -71,21 +74,22 @@ class Garnet(eqx.Module):
         self.discount = as_float("discount", options.discount, float)
         self.temperature = ShannonEntropy(options.temperature).temperature
         self.price = as_float("price", options.price, float)
+        require_finite("price", self.price)
         self.horizon = int(options.horizon)
         self.environment = TabularEnvironment(self.mdp(jnp.zeros(pairs)))  # checks the discount where it is known
 
     @property
     def trajectories(self) -> int:
-        """One trajectory a loss."""
+        """The number of trajectories per loss: 1."""
         return 1
 
     @property
-    def loss_discount(self) -> jax.Array:
+    def loss_discount(self) -> Float[Array, ""]:
         """The designer discounts as the agent does."""
         return self.discount
 
-    def start(self, key: jax.Array) -> jax.Array:
-        """x ~ N(0, 0.1^2), [S, A]."""
+    def start(self, key: PRNGKeyArray) -> Float[Array, "S A"]:
+        """x ~ N(0, 0.1^2)."""
         return 0.1 * jax.random.normal(key, self.base.shape)
 
     def mdp(self, x):
@@ -98,11 +102,11 @@ class Garnet(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         mdp = MDP(self.transition, self._costs(x), self.discount)
         return policy_value(mdp, solution.policy) @ mdp.initial
 
-    def loss(self, key, x, trajectories):
+    def loss(self, key, x, trajectories) -> Float[Array, " H"]:
         del key
         return self._costs(x)[trajectories.observation[0], trajectories.action[0]]
 
@@ -113,7 +117,7 @@ class Garnet(eqx.Module):
             pair_panel("the agent's policy", solution.policy, "probability"),
         )
 
-    def _costs(self, x: jax.Array) -> jax.Array:
+    def _costs(self, x: Float[Array, "S A"]) -> Float[Array, "S A"]:
         return self.cost + self.price / 2 * x**2
 
 

@@ -1,22 +1,30 @@
 """Inverse reinforcement learning: a reward that explains demonstrations, by maximum causal entropy.
 
-The model of Ziebart, Bagnell and Dey (ICML 2010, "Modeling interaction via the principle of maximum causal
-entropy"), with a discount and an infinite horizon as in Bloem and Bambos (CDC 2014): the demonstrator's policy is
-the soft optimal one of an unknown reward. Its likelihood as an upper level makes the problem bilevel.
+This is the model of Ziebart, Bagnell and Dey (ICML 2010, "Modeling interaction via the principle of maximum causal
+entropy"), with a discount and an infinite horizon as in Bloem and Bambos (CDC 2014). The demonstrator follows the soft
+optimal policy of an unknown reward. The upper level chooses the reward under which the demonstrations are most likely.
 """
 
 import dataclasses
+import functools
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from bilevel_jax.bilevel import Problem
+from bilevel_jax.core.errors import ConvergenceError, InputError
+from bilevel_jax.core.functions import Table
+from bilevel_jax.core.options import require_choices
+from bilevel_jax.core.results import check, where_converged
+from bilevel_jax.core.validation import as_float, is_known, require_finite
 from bilevel_jax.environments import TabularEnvironment, rollout
-from bilevel_jax.errors import ConvergenceError, InputError
-from bilevel_jax.functions import Table
-from bilevel_jax.mdp import MDP
-from bilevel_jax.occupancy import occupancy
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import Regularizer, ShannonEntropy
+from bilevel_jax.mdp.transitions import SuccessorTransition
 from bilevel_jax.problems.demonstrations import visits_of_file
 from bilevel_jax.problems.grid import Grid, dynamics, map_rows, parse_map
 from bilevel_jax.problems.options import (
@@ -24,16 +32,14 @@ from bilevel_jax.problems.options import (
     as_number,
     refuse_unused,
     require_room_for,
+    require_room_to_solve,
     require_seed,
     require_size,
 )
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import Regularizer, ShannonEntropy
-from bilevel_jax.results import check, where_converged
 from bilevel_jax.solvers import solve
-from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import as_float, is_known, require_finite
+from bilevel_jax.solvers.occupancy import occupancy
 
 ROWS = (
     "xxxxxxxxx",
@@ -43,7 +49,6 @@ ROWS = (
     "x.....~gx",
     "xxxxxxxxx",
 )
-ESTIMATORS = ("likelihood", "visits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,7 @@ class InverseRLOptions:
     grounds: the letters of the kinds of ground, s being of the first.
     expert: the expert's reward of each kind of ground.
     features: of the reward model: "ground", a weight for each kind; "state", for each cell; or "pair".
-    demonstrations: how many are drawn; 0 has their expectation instead.
+    demonstrations: how many are drawn; with 0 their expectation is used instead.
     length: steps of a drawn demonstration.
     demonstrations_file: .npz or .csv with demonstrations of your own instead of the expert's, relative to the config
       (in Python, to the working directory); see `bilevel_jax.problems.demonstrations`.
@@ -69,11 +74,11 @@ class InverseRLOptions:
     rows: tuple[str, ...] = ROWS
     grounds: str = ".~g"
     expert: tuple[float, ...] = (0.0, -2.0, 3.0)
-    features: str = "ground"
+    features: Literal["ground", "state", "pair"] = "ground"
     demonstrations: int = 0
     length: int = 50
     demonstrations_file: str = dataclasses.field(default="", metadata={"path": True})
-    estimator: str = "likelihood"
+    estimator: Literal["likelihood", "visits"] = "likelihood"
     discount: float = 0.9
     temperature: float = 1.0
     slip: float = 0.1
@@ -81,7 +86,7 @@ class InverseRLOptions:
     seed: int = 0
 
 
-class InverseRL(eqx.Module):
+class InverseRL(Problem):
     """The problem. The upper variable is x[F], the reward is features @ x: of a kind of ground, a cell or a pair.
 
     `visits` is the expert's discounted occupancy, or the mean over demonstrations of
@@ -91,20 +96,20 @@ class InverseRL(eqx.Module):
     and with "visits"
       (initial' V_x - sum_sa visits[s, a] reward_x[s, a]) / temperature + ridge |x|^2 / 2,
     the dual of maximum causal entropy. The gradient of the latter without ridge is
-    (features' (d_x - visits)) / temperature, d_x the model's occupancy: at its minimum, features are visited as often
-    as in the demonstrations. It is convex. For "visits", visits are scaled to the sum of an occupancy,
-    1 / (1 - discount), as demonstrations that end are too short by discount^length: without that the sum over all
+    (features' (d_x - visits)) / temperature, where d_x is the model's occupancy: at its minimum, features are visited
+    as often as in the demonstrations. It is convex. Demonstrations that end are too short by discount^length. For
+    "visits", visits are therefore scaled to the sum of an occupancy, 1 / (1 - discount). Otherwise the sum over all
     features, which no reward changes, could not match.
 
-    For the occupancy of any policy the two are one function, as -sum visits log pi telescopes. For demonstrations
-    that are a sample they are two estimators: "visits" takes the successors that happened to be drawn for what the
-    expert wanted, the likelihood looks at the actions alone, given the states. Both are consistent. Features that
-    the demonstrations never (or always) visit have no finite weight in either; give a ridge.
+    For the occupancy of any policy both estimators minimise the same function, because -sum visits log pi telescopes.
+    For a sample of demonstrations they differ: "visits" treats the successors that happened to be drawn as if the
+    expert had wanted them, while the likelihood depends only on the actions, given the states. Both are consistent.
+    Features that the demonstrations never (or always) visit have no finite weight in either; give a ridge.
 
     Rewards that differ by a constant have the same policy, so that some direction of x is flat.
 
-    What the upper level pays depends on demonstrations and policy, not on trajectories of the agent: this
-    is no `bilevel_jax.SampledProblem`.
+    The upper level's loss depends on demonstrations and policy, not on trajectories of the agent: this is no
+    `bilevel_jax.SampledProblem`.
 
     Raises:
       InputError: letters without a kind, sizes, a seed, texts or numbers out of range, a file that cannot be read as
@@ -113,16 +118,17 @@ class InverseRL(eqx.Module):
     """
 
     transition: SuccessorTransition
-    initial: jax.Array  # [S]
-    features: jax.Array  # [S, A, F]
-    visits: jax.Array  # [S, A]
-    discount: jax.Array
-    temperature: jax.Array
-    ridge: jax.Array
+    initial: Float[Array, " S"]
+    features: Float[Array, "S A F"]
+    visits: Float[Array, "S A"]
+    discount: Float[Array, ""]
+    temperature: Float[Array, ""]
+    ridge: Float[Array, ""]
     rows: tuple[str, ...] = eqx.field(static=True)
     estimator: str = eqx.field(static=True)
 
     def __init__(self, options: InverseRLOptions):
+        require_choices(options)
         self.rows = map_rows(options.rows)
         grid = self.grid
         ground = _ground(grid, options)
@@ -132,9 +138,8 @@ class InverseRL(eqx.Module):
         assert isinstance(transition, SuccessorTransition)
         self.transition = transition
         states, actions = transition.shape
+        require_room_to_solve("rows", states, actions)
         self.features = jnp.asarray(_features(ground, actions, options.features), float)
-        if options.estimator not in ESTIMATORS:
-            raise InputError(f"estimator: expected one of {', '.join(ESTIMATORS)}, got {options.estimator!r}")
         self.estimator = options.estimator
         self.discount = as_fraction(options, "discount", "for long horizons use e.g. 0.99")
         self.temperature = ShannonEntropy(options.temperature).temperature
@@ -151,8 +156,8 @@ class InverseRL(eqx.Module):
         """The map; states are its free cells."""
         return parse_map(self.rows)
 
-    def start(self, key: jax.Array) -> jax.Array:
-        """x ~ N(0, 0.1^2), [F]."""
+    def start(self, key: PRNGKeyArray) -> Float[Array, " F"]:
+        """x ~ N(0, 0.1^2)."""
         return 0.1 * jax.random.normal(key, self.features.shape[-1:], self.features.dtype)
 
     def mdp(self, x):
@@ -162,7 +167,7 @@ class InverseRL(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         if self.estimator == "likelihood":
             gap = jnp.sum(self.visits * (solution.value[:, None] - solution.q))
         else:
@@ -182,34 +187,33 @@ class InverseRL(eqx.Module):
             grid_panel("the reward found", self.grid, reward - reward.max(), label="reward below its largest"),
         )
 
-    def _process(self, reward: jax.Array) -> MDP:
+    def _process(self, reward: Float[Array, "S A"]) -> MDP:
         return MDP(self.transition, reward, self.discount, self.initial)
 
 
-def _ground(grid: Grid, options: InverseRLOptions) -> np.ndarray:
-    """Which kind of ground each cell is, one-hot [S, kinds]."""
+def _ground(grid: Grid, options: InverseRLOptions) -> Float[np.ndarray, "S kinds"]:
+    """Which kind of ground each cell is, one-hot."""
     if not options.grounds or len(set(options.grounds)) < len(options.grounds):
         raise InputError(f"grounds: expected different letters, at least one, got {options.grounds!r}")
-    unknown = sorted({str(letter) for letter in grid.letters} - set(options.grounds) - {"s"})
+    unknown = sorted(set(np.unique(grid.letters).tolist()) - set(options.grounds) - {"s"})
     if unknown:
         raise InputError(f"grounds: {options.grounds!r} lacks {', '.join(map(repr, unknown))} of the map; add them")
     letters = np.where(grid.letters == "s", options.grounds[0], grid.letters)
     return (letters[:, None] == np.array(list(options.grounds))).astype(float)
 
 
-def _features(ground: np.ndarray, actions: int, kind: str) -> np.ndarray:
-    """[S, A, F] of a kind, from the one-hot grounds [S, F]."""
+def _features(ground: Float[np.ndarray, "S kinds"], actions: int, kind: str) -> Float[np.ndarray, "S A F"]:
+    """Features of a kind, from the one-hot grounds."""
     states = len(ground)
     sizes = {"ground": ground.shape[1], "state": states, "pair": states * actions}
-    if kind not in sizes:
-        raise InputError(f"features: expected one of {', '.join(sizes)}, got {kind!r}")
-    require_room_for("features", states, actions, sizes[kind], copies=2)
+    require_room_for("features", states, actions, sizes[kind], copies=4)  # as they are made, and transposed
+    number = jnp.result_type(float)
     if kind == "pair":
-        return np.eye(states * actions).reshape(states, actions, -1)
-    return np.repeat((ground if kind == "ground" else np.eye(states))[:, None], actions, 1)
+        return np.eye(states * actions, dtype=number).reshape(states, actions, -1)
+    return np.repeat((ground.astype(number) if kind == "ground" else np.eye(states, dtype=number))[:, None], actions, 1)
 
 
-def _visits(mdp: MDP, regularizer: Regularizer, options: InverseRLOptions) -> jax.Array:
+def _visits(mdp: MDP, regularizer: Regularizer, options: InverseRLOptions) -> Float[Array, "S A"]:
     """How often each pair is visited, discounted: by the optimal policy, by drawn demonstrations, or by a file's."""
     require_size(options, "demonstrations", least=0, most=1_000_000)
     require_size(options, "length")
@@ -220,29 +224,42 @@ def _visits(mdp: MDP, regularizer: Regularizer, options: InverseRLOptions) -> ja
             options, unused, "has no effect beside demonstrations_file, whose demonstrations are used instead"
         )
         return visits_of_file(options.demonstrations_file, mdp)
+    require_room_for("demonstrations", options.demonstrations, options.length, copies=8)
     policy = _expert_policy(mdp, regularizer)
     if not options.demonstrations:
         refuse_unused(options, ("length",), "has no effect unless demonstrations are drawn (their number is 0)")
         return _require_known_visits(occupancy(mdp, policy))
-    require_room_for("demonstrations", options.demonstrations, options.length, copies=8)
     # A simulator needs only to know that no pair ends the process.
     simulator = TabularEnvironment(mdp.replace(discount=jnp.full_like(mdp.discount, 0.5)))
     key = jax.random.key(options.seed)
-    drawn = rollout(key, simulator, Table(policy), batch=options.demonstrations, horizon=options.length)
-    weight = mdp.discount ** jnp.arange(options.length, dtype=mdp.discount.dtype) / options.demonstrations
+    return _drawn_visits(key, simulator, policy, mdp.discount, options.demonstrations, options.length)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))  # for other numbers, nothing is compiled anew
+def _drawn_visits(
+    key: PRNGKeyArray,
+    simulator: TabularEnvironment,
+    policy: Float[Array, "S A"],
+    discount: Float[Array, ""],
+    demonstrations: int,
+    length: int,
+) -> Float[Array, "S A"]:
+    """The mean over drawn demonstrations of how often each pair is visited, discounted; NaN as the policy."""
+    drawn = rollout(key, simulator, Table(policy), batch=demonstrations, horizon=length)
+    weight = discount ** jnp.arange(length, dtype=discount.dtype) / demonstrations
     visits = jnp.zeros_like(policy).at[drawn.observation, drawn.action].add(weight)
     return jnp.where(jnp.isfinite(policy), visits, jnp.nan)
 
 
-def _expert_policy(mdp: MDP, regularizer: Regularizer) -> jax.Array:
-    """The optimal policy, [S, A]. Raises ConvergenceError without one; where numbers are traced, it is NaN then."""
+def _expert_policy(mdp: MDP, regularizer: Regularizer) -> Float[Array, "S A"]:
+    """The optimal policy. Raises ConvergenceError without one; where numbers are traced, it is NaN then."""
     solution = solve(mdp, regularizer)
     if is_known(solution.result):
         return check(solution).policy
     return where_converged(solution.result, solution.policy)
 
 
-def _require_known_visits(visits: jax.Array) -> jax.Array:
+def _require_known_visits(visits: Float[Array, "S A"]) -> Float[Array, "S A"]:
     """Raise ConvergenceError where a linear solve did not converge, which `occupancy` says by NaN."""
     if is_known(visits) and not np.isfinite(np.asarray(visits)).all():
         raise ConvergenceError("expert: the linear solve for its visits did not converge; lower the discount")

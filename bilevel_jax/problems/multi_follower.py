@@ -1,25 +1,33 @@
 """Incentives for a population: one bonus for followers of several types, whom only congestion brings together.
 
-The contexts of Thoma et al. (NeurIPS 2024, "Contextual Bilevel Reinforcement Learning for Incentive Alignment"), a
-follower each, under an objective that is not a mean over them: what one type costs depends on where the others are,
-as in congestion games (Rosenthal 1973). The followers themselves take no notice of each other.
+As in Thoma et al. (NeurIPS 2024, "Contextual Bilevel Reinforcement Learning for Incentive Alignment"), each context is
+one follower. The objective is no mean over the followers: the cost of one type depends on where the others are, as in
+congestion games (Rosenthal 1973). The followers themselves do not react to each other.
 """
 
 import dataclasses
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from bilevel_jax.mdp import MDP
-from bilevel_jax.occupancy import occupancy
-from bilevel_jax.problems.options import as_fraction, as_number, require_room_for, require_seed, require_size
+from bilevel_jax.bilevel import Problem
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import ShannonEntropy
+from bilevel_jax.mdp.transitions import SuccessorTransition
+from bilevel_jax.problems.options import (
+    as_fraction,
+    as_number,
+    require_room_for,
+    require_room_to_solve,
+    require_seed,
+    require_size,
+)
 from bilevel_jax.problems.panels import Panel, pair_panel
 from bilevel_jax.problems.random_process import random_successors
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import ShannonEntropy
-from bilevel_jax.transitions import SuccessorTransition
+from bilevel_jax.solvers.occupancy import occupancy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,31 +62,32 @@ class MultiFollowerOptions:
     seed: int = 0
 
 
-class MultiFollower(eqx.Module):
+class MultiFollower(Problem):
     """The problem. The upper variable is a bonus x[S, A], or x[F], on top of the reward of each of N followers.
 
     load[s, a] is the share of the population's steps, discounted by the designer, that are made in s and take a:
     the mean of all followers' normalized occupancies, weighted by their shares of the population. The designer
     minimises sum_sa congestion / 2 load[s, a]^2 + price / 2 load[s, a] bonus[s, a]^2.
 
-    Rewards are N(0, 1), followers' correlated by 1 - variety; shares are random, features N(0, 1 / F).
+    Rewards are N(0, 1), and those of different followers have the correlation 1 - variety. Shares are random, features
+    are N(0, 1 / F).
 
-    This is no `bilevel_jax.SampledProblem`: that has one discount and one temperature, and a loss whose mean over
-    trajectories is the objective, while here it is the mean that is squared.
+    This is no `bilevel_jax.SampledProblem`. Such a problem has one discount and one temperature, and its objective is
+    the mean of a loss over trajectories. Here the mean itself is squared.
 
     Raises:
       InputError: sizes, a seed or numbers out of range.
     """
 
     transition: SuccessorTransition
-    base: jax.Array  # [N, S, A]
-    weight: jax.Array  # [N], shares of the population
-    features: jax.Array | None  # [S, A, F]
-    discount: jax.Array  # [N]
-    temperature: jax.Array  # [N]
-    congestion: jax.Array
-    price: jax.Array
-    designer_discount: jax.Array
+    base: Float[Array, "N S A"]
+    weight: Float[Array, " N"]  # shares of the population
+    features: Float[Array, "S A F"] | None
+    discount: Float[Array, " N"]
+    temperature: Float[Array, " N"]
+    congestion: Float[Array, ""]
+    price: Float[Array, ""]
+    designer_discount: Float[Array, ""]
 
     def __init__(self, options: MultiFollowerOptions):
         for name in ("followers", "states", "actions"):
@@ -95,8 +104,8 @@ class MultiFollower(eqx.Module):
         variety = as_number(options, "variety", 0, "0 is one reward for all, 1 independent ones", most=1)
 
         pairs = (options.states, options.actions)
-        require_room_for("followers", options.followers, *pairs, copies=3)
-        require_room_for("features", *pairs, max(1, options.features), copies=2)
+        require_room_to_solve("followers", options.followers, *pairs)
+        require_room_for("features", *pairs, max(1, options.features), copies=4)
         keys = jax.random.split(jax.random.key(options.seed), 6)
         self.transition = SuccessorTransition(*random_successors(keys[:2], pairs, options.states, options.branching))
         common, own = jax.random.normal(keys[2], pairs), jax.random.normal(keys[3], (options.followers, *pairs))
@@ -106,13 +115,13 @@ class MultiFollower(eqx.Module):
         size = (*pairs, options.features)
         self.features = jax.random.normal(keys[5], size) / options.features**0.5 if options.features else None
 
-    def start(self, key: jax.Array) -> jax.Array:
-        """x ~ N(0, 0.1^2), [S, A] or [F]."""
+    def start(self, key: PRNGKeyArray) -> Float[Array, "S A"] | Float[Array, " F"]:
+        """x ~ N(0, 0.1^2)."""
         shape = self.base.shape[1:] if self.features is None else self.features.shape[-1:]
         return 0.1 * jax.random.normal(key, shape)
 
-    def bonus(self, x: jax.Array) -> jax.Array:
-        """What everybody is paid, [S, A]."""
+    def bonus(self, x: Float[Array, "S A"] | Float[Array, " F"]) -> Float[Array, "S A"]:
+        """Return the bonus that every follower is paid."""
         return x if self.features is None else self.features @ x
 
     def mdp(self, x):
@@ -122,12 +131,12 @@ class MultiFollower(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         load = self.load(solution.policy)
         return jnp.sum(self.congestion / 2 * load**2 + self.price / 2 * load * self.bonus(x) ** 2)
 
-    def load(self, policy: jax.Array) -> jax.Array:
-        """The population's share of steps in each pair under policies [N, S, A]; [S, A], sums to 1."""
+    def load(self, policy: Float[Array, "N S A"]) -> Float[Array, "S A"]:
+        """The population's share of steps in each pair under policies; sums to 1."""
         # One discount for each follower says that the first axis is a batch, however many there are.
         discount = jnp.broadcast_to(self.designer_discount, self.weight.shape)
         process = MDP(self.transition, self.base, discount)

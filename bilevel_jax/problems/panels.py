@@ -1,9 +1,10 @@
-"""What a picture of a problem shows, as plain numbers: heat maps and curves. Drawing them is not done here."""
+"""The content of a problem's picture as plain numbers: heat maps and curves. Drawing them is done elsewhere."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import ArrayLike, Bool, Float, Real
 
 from bilevel_jax.problems.grid import MOVES, Grid
 
@@ -16,9 +17,9 @@ class HeatMap(NamedTuple):
     """
 
     title: str
-    values: np.ndarray  # [H, W], NaN where nothing stands, such as a wall
+    values: Real[np.ndarray, "H W"]  # NaN where nothing stands, such as a wall
     label: str = ""  # of the colour bar
-    arrows: np.ndarray | None = None  # [H, W, 2], a mean move (row, column); NaN: none
+    arrows: Float[np.ndarray, "H W 2"] | None = None  # a mean move (row, column); NaN: none
     marks: tuple[tuple[str, tuple[int, int]], ...] = ()  # letters, and the cell (row, column) of each
     rows: str = ""  # what a row is; none: the cells are places on a map
     columns: str = ""
@@ -28,8 +29,8 @@ class Curves(NamedTuple):
     """Functions of one number."""
 
     title: str
-    x: np.ndarray  # [N]
-    curves: dict[str, np.ndarray]  # by name, [N] each
+    x: Real[np.ndarray, " N"]
+    curves: dict[str, Real[np.ndarray, " N"]]  # by name
     x_label: str
     y_label: str
 
@@ -42,26 +43,29 @@ class Pictured(Protocol):
     """A problem that can be drawn. All registered ones can."""
 
     def panels(self, x: Any, solution: Any) -> tuple[Panel, ...]:
-        """What a picture at x shows, solution the `bilevel_jax.Solution` there. Concrete numbers only, no jit."""
+        """Return the panels of a picture at x, where `solution` is the `bilevel_jax.Solution` there.
+
+        Concrete numbers only, no jit.
+        """
         ...
 
 
 def grid_panel(
     title: str,
     grid: Grid,
-    values: Any,
-    policy: Any = None,
+    values: Real[ArrayLike, " S"] | Any,
+    policy: Real[ArrayLike, "S 4"] | Any | None = None,
     *,
     label: str = "",
-    marks: Mapping[str, Any] | None = None,
+    marks: Mapping[str, Bool[ArrayLike, " S"] | Any] | None = None,
 ) -> HeatMap:
     """The map, with a number in each free cell.
 
     Args:
-      values: [S], a number each free cell.
-      policy: [S, 4] over the grid's moves. Its arrows are mean moves: long where it is sure, short where
-        it wavers.
-      marks: bool [S] by letter, the cells that have it.
+      values: one number per free cell.
+      policy: over the grid's moves. Its arrows are mean moves: long where the policy is nearly deterministic,
+        short where it is nearly uniform.
+      marks: by letter, the cells that have it.
     """
     places = tuple(grid.cells.T)
     field = np.full(grid.walls.shape, np.nan)
@@ -75,9 +79,9 @@ def grid_panel(
         for letter, where in (marks or {}).items()
         for row, column in grid.cells[np.asarray(where, bool)]
     )
-    return HeatMap(title, field, label, arrows, letters)
+    return HeatMap(title=title, values=field, label=label, arrows=arrows, marks=letters)
 
 
-def pair_panel(title: str, values: Any, label: str = "") -> HeatMap:
-    """A number of each pair of state and action, values[S, A]."""
-    return HeatMap(title, np.asarray(values), label, rows="state", columns="action")
+def pair_panel(title: str, values: Real[ArrayLike, "S A"] | Any, label: str = "") -> HeatMap:
+    """Return a heat map with one number per state-action pair."""
+    return HeatMap(title=title, values=np.asarray(values), label=label, rows="state", columns="action")

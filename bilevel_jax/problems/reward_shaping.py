@@ -1,30 +1,35 @@
 """Reward shaping for a short-sighted agent: bonuses that lead it past a small reward to a large one.
 
-The bilevel form of reward shaping (Hu et al., NeurIPS 2020, "Learning to utilize shaping rewards"): the
-upper level chooses a bonus, the agent optimizes its shaped reward, the upper level counts the true one.
+This is the bilevel form of reward shaping (Hu et al., NeurIPS 2020, "Learning to utilize shaping rewards"). The upper
+level chooses a bonus, the agent optimizes its shaped reward, and the upper level counts only the true reward.
 """
 
 import dataclasses
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from bilevel_jax.bilevel import Problem, SampledProblem
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.functions import Table
+from bilevel_jax.core.options import require_choices
+from bilevel_jax.core.validation import as_float, plain, require_at_least, require_finite, require_fraction
 from bilevel_jax.environments import TabularEnvironment, Trajectory
-from bilevel_jax.errors import InputError
-from bilevel_jax.evaluation import policy_value
-from bilevel_jax.functions import Table
-from bilevel_jax.mdp import MDP
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import ShannonEntropy
+from bilevel_jax.mdp.transitions import SuccessorTransition, Transition
 from bilevel_jax.problems.grid import dynamics, map_rows, parse_map
-from bilevel_jax.problems.options import refuse_unused, require_whole
+from bilevel_jax.problems.options import refuse_unused, require_room_to_solve, require_whole
 from bilevel_jax.problems.panels import Curves, grid_panel
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import ShannonEntropy
-from bilevel_jax.transitions import SuccessorTransition, Transition
-from bilevel_jax.validation import as_float, plain, require_at_least, require_finite, require_fraction
+from bilevel_jax.solvers.policy_value import policy_value
 
 MOST = 10_000  # states
+MOST_STEPS = 1_000_000
 ROWS = (
     "xxxxxxxxx",
     "xd  x   x",
@@ -34,6 +39,7 @@ ROWS = (
     "x   x  gx",
     "xxxxxxxxx",
 )
+Layout = tuple[Transition, Bool[np.ndarray, " S"], Bool[np.ndarray, " S"], Bool[np.ndarray, " S"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,29 +59,30 @@ class RewardShapingOptions:
     horizon: steps of a sampled trajectory.
     """
 
-    layout: str = "chain"
+    layout: Literal["chain", "grid"] = "chain"
     states: int = 10
     rows: tuple[str, ...] = ROWS
     discount: float = 0.7
     temperature: float = 0.05
     true_discount: float = 0.97
     distractor: float = 0.2
-    bonus: str = "state"
+    bonus: Literal["state", "pair"] = "state"
     scale: float = 0.5
     price: float = 0.02
     slip: float = 0.1
     horizon: int = 500
 
 
-class RewardShaping(eqx.Module):
+class RewardShaping(Problem, SampledProblem):
     """The problem. The upper variable is x[S], or x[S A]; the bonus is scale * tanh(x).
 
     Acting in an exit (the goal or the distractor) pays its reward and ends the process (discount 0
     there); nothing else pays but the bonus, to the agent only. The upper level maximises the true reward
     from the start, discounted by `true_discount`, minus price |bonus|^2 / 2.
 
-    A sampled trajectory is cut after `horizon` steps. What is cut is worth at most true_discount^horizon
-    times the largest reward (2.4e-7 by default), and less where the agent has mostly left by then.
+    A sampled trajectory is cut after `horizon` steps. The steps that are cut off are worth at most
+    true_discount^horizon times the largest reward (2.4e-7 by default), and less where the agent has mostly left by
+    then.
 
     Raises:
       InputError: sizes, texts or numbers out of range, a map without start or goal.
@@ -83,14 +90,14 @@ class RewardShaping(eqx.Module):
 
     transition: Transition
     environment: TabularEnvironment  # emits the true reward
-    initial: jax.Array  # [S]
-    at_exit: jax.Array  # bool [S]
-    discount: jax.Array
-    true_discount: jax.Array
-    temperature: jax.Array
-    scale: jax.Array
-    price: jax.Array
-    horizon: int = eqx.field(static=True, converter=plain)
+    initial: Float[Array, " S"]
+    at_exit: Bool[Array, " S"]
+    discount: Float[Array, ""]
+    true_discount: Float[Array, ""]
+    temperature: Float[Array, ""]
+    scale: Float[Array, ""]
+    price: Float[Array, ""]
+    horizon: int = eqx.field(static=True, converter=plain("horizon"))
     by_pair: bool = eqx.field(static=True)
     rows: tuple[str, ...] | None = eqx.field(static=True)  # None: a chain
 
@@ -98,6 +105,7 @@ class RewardShaping(eqx.Module):
         _check(options)
         layout = _chain(options) if options.layout == "chain" else _grid(options)
         self.transition, at_start, at_goal, at_distractor = layout
+        require_room_to_solve("rows" if options.layout == "grid" else "states", *self.transition.shape)
         self.at_exit = jnp.asarray(at_goal | at_distractor)
         self.initial = jnp.asarray(at_start, float)
         distractor = as_float("distractor", options.distractor, float)
@@ -119,20 +127,20 @@ class RewardShaping(eqx.Module):
 
     @property
     def trajectories(self) -> int:
-        """One trajectory a loss."""
+        """The number of trajectories per loss: 1."""
         return 1
 
     @property
-    def loss_discount(self) -> jax.Array:
-        """That of the true reward."""
+    def loss_discount(self) -> Float[Array, ""]:
+        """The discount of the true reward."""
         return self.true_discount
 
-    def start(self, key: jax.Array) -> jax.Array:
+    def start(self, key: PRNGKeyArray) -> Float[Array, " n"]:
         """x ~ N(0, 0.1^2), [S] or [S A]."""
         states, actions = self.transition.shape
         return 0.1 * jax.random.normal(key, (states * actions if self.by_pair else states,))
 
-    def shaping(self, x: jax.Array) -> jax.Array:
+    def shaping(self, x: Float[Array, " n"]) -> Float[Array, " S #A"]:
         """The bonus, [S, A] or [S, 1]."""
         return self.scale * jnp.tanh(x).reshape(self.transition.shape[0], -1)
 
@@ -146,10 +154,10 @@ class RewardShaping(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         return self._cost(x) - self.true_return(solution.policy)
 
-    def loss(self, key, x, trajectories: Trajectory):
+    def loss(self, key, x, trajectories: Trajectory) -> Float[Array, " H"]:
         del key
         steps = jnp.arange(self.horizon)
         # The price is due before the first action.
@@ -167,26 +175,32 @@ class RewardShaping(eqx.Module):
         names = ("bonus, left", "bonus, right") if self.by_pair else ("bonus",)
         paid = {"true reward": np.asarray(self.environment.reward)[:, 0], **dict(zip(names, bonus.T, strict=True))}
         return (
-            Curves("rewards", state, paid, "state", "reward"),
-            Curves("the agent's policy", state, {"right": policy[:, 1]}, "state", "probability of a move to the right"),
+            Curves(title="rewards", x=state, curves=paid, x_label="state", y_label="reward"),
+            Curves(
+                title="the agent's policy",
+                x=state,
+                curves={"right": policy[:, 1]},
+                x_label="state",
+                y_label="probability of a move to the right",
+            ),
         )
 
-    def true_return(self, policy: jax.Array) -> jax.Array:
-        """What a policy[S, A] earns: its true reward from the start, discounted by `true_discount`, a scalar."""
+    def true_return(self, policy: Float[Array, "S A"]) -> Float[Array, ""]:
+        """Return the true reward of a policy from the start, discounted by `true_discount`."""
         return policy_value(self._process(self.environment.reward, self.true_discount), policy) @ self.initial
 
-    def _cost(self, x: jax.Array) -> jax.Array:
+    def _cost(self, x: Float[Array, " n"]) -> Float[Array, ""]:
         return self.price * jnp.sum(self.shaping(x) ** 2) / 2
 
-    def _process(self, reward: jax.Array, discount: jax.Array) -> MDP:
+    def _process(self, reward: Float[Array, " S #A"], discount: Float[Array, ""]) -> MDP:
         """The dynamics with a reward [S, A] or [S, 1], and a discount where it does not end."""
         shape = self.transition.shape
         going = jnp.where(self.at_exit, 0, discount)[:, None]
         return MDP(self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(going, shape), self.initial)
 
 
-def _chain(options: RewardShapingOptions) -> tuple[Transition, np.ndarray, np.ndarray, np.ndarray]:
-    """Dynamics, and where start, goal and distractor are; bool [S] each."""
+def _chain(options: RewardShapingOptions) -> Layout:
+    """Dynamics, and where start, goal and distractor are."""
     slip = as_float("slip", options.slip, float)
     require_fraction("slip", slip, "0 is none, 0.5 a random move")
     place = np.arange(options.states)
@@ -196,25 +210,24 @@ def _chain(options: RewardShapingOptions) -> tuple[Transition, np.ndarray, np.nd
     return SuccessorTransition(successor, probability), place == 1, place == options.states - 1, place == 0
 
 
-def _grid(options: RewardShapingOptions) -> tuple[Transition, np.ndarray, np.ndarray, np.ndarray]:
-    """Dynamics, and where start, goals and distractors are; bool [S] each."""
+def _grid(options: RewardShapingOptions) -> Layout:
+    """Dynamics, and where start, goals and distractors are."""
     grid = parse_map(options.rows)
     places = grid.marked("s", "start", once=True), grid.marked("g", "goal"), grid.marked("d")
     return dynamics(grid, options.slip, "successor"), *places
 
 
 def _check(options: RewardShapingOptions) -> None:
-    for name, valid in (("layout", ("chain", "grid")), ("bonus", ("state", "pair"))):
-        if getattr(options, name) not in valid:
-            raise InputError(f"{name}: expected {valid[0]!r} or {valid[1]!r}, got {getattr(options, name)!r}")
+    require_choices(options)
     require_whole(options, "states", "horizon")
     unused = "rows" if options.layout == "chain" else "states"
     refuse_unused(options, (unused,), f"has no effect in the layout {options.layout!r}")
     if not 3 <= options.states <= MOST:
         limit = "at least 3 (exit, start and goal)" if options.states < 3 else f"at most {MOST}"
         raise InputError(f"states must be {limit}, got {options.states}")
-    if options.horizon < 1:
-        raise InputError(f"horizon must be at least 1, got {options.horizon}; the default is 500")
+    if not 1 <= options.horizon <= MOST_STEPS:
+        limit = "at least 1" if options.horizon < 1 else f"at most {MOST_STEPS}"
+        raise InputError(f"horizon must be {limit}, got {options.horizon}; the default is 500")
 
 
 register("reward_shaping", RewardShapingOptions, RewardShaping)

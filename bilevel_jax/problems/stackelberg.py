@@ -1,24 +1,25 @@
 """Stackelberg stochastic games: a leader commits to a stationary policy, a follower answers it.
 
-Computing what to commit to: Letchford, MacDermed, Conitzer, Parr and Isbell (AAAI 2012) and Vorobeychik and Singh
-(AAAI 2012), for followers that answer with a best response. Here the follower's entropy makes its answer unique and
-smooth, so that the leader can follow a gradient; with the temperature it tends to a best response.
+Letchford, MacDermed, Conitzer, Parr and Isbell (AAAI 2012) and Vorobeychik and Singh (AAAI 2012) compute the leader's
+policy for followers that answer with a best response. Here the follower's entropy makes its answer unique and smooth,
+so that the leader can follow a gradient. As the temperature tends to 0, the answer tends to a best response.
 """
 
 import dataclasses
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from bilevel_jax.evaluation import policy_value
-from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.options import as_fraction, as_number, require_room_for, require_seed, require_size
+from bilevel_jax.bilevel import Problem
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import ShannonEntropy
+from bilevel_jax.mdp.transitions import SuccessorTransition
+from bilevel_jax.problems.options import as_fraction, as_number, require_room_to_solve, require_seed, require_size
 from bilevel_jax.problems.panels import Panel, pair_panel
 from bilevel_jax.problems.random_process import random_successors
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import ShannonEntropy
-from bilevel_jax.transitions import SuccessorTransition
+from bilevel_jax.solvers.policy_value import policy_value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +46,13 @@ class StackelbergOptions:
     seed: int = 0
 
 
-class Stackelberg(eqx.Module):
+class Stackelberg(Problem):
     """The problem. The upper variable is x[S, L], logits of the leader's L actions in each state.
 
     The follower sees the state, not the leader's draw: its process has the rewards and transitions that the
     leader's policy mixes. All rewards are N(0, 1). The leader maximises its own discounted return under both
-    policies from a uniform start. Its best may be a mixture, which softmax has inside, or pure, which it only tends to.
+    policies from a uniform start. Its best policy may be a mixture, which a softmax can be, or pure, which a softmax
+    only tends to.
 
     x changes the dynamics, so that this is no `bilevel_jax.SampledProblem`; at a given x,
     `TabularEnvironment(problem.mdp(x))` is the follower's simulator.
@@ -59,13 +61,13 @@ class Stackelberg(eqx.Module):
       InputError: sizes, a seed or numbers out of range.
     """
 
-    successor: jax.Array  # int32 [K, L, S, A]
-    probability: jax.Array  # [K, L, S, A]
-    follower_reward: jax.Array  # [L, S, A]
-    leader_reward: jax.Array  # [L, S, A]
-    discount: jax.Array
-    temperature: jax.Array
-    leader_discount: jax.Array
+    successor: Int32[Array, "K L S A"]
+    probability: Float[Array, "K L S A"]
+    follower_reward: Float[Array, "L S A"]
+    leader_reward: Float[Array, "L S A"]
+    discount: Float[Array, ""]
+    temperature: Float[Array, ""]
+    leader_discount: Float[Array, ""]
 
     def __init__(self, options: StackelbergOptions):
         for name in ("states", "leader_actions", "actions"):
@@ -77,14 +79,14 @@ class Stackelberg(eqx.Module):
         self.temperature = ShannonEntropy(options.temperature).temperature
         alignment = as_number(options, "alignment", -1, "-1 is zero-sum, 1 is common interest", most=1)
         shape = (options.leader_actions, options.states, options.actions)
-        require_room_for("states, actions", options.branching, *shape, copies=4)
+        require_room_to_solve("states, actions", options.states, options.actions)
         keys = jax.random.split(jax.random.key(options.seed), 4)
         self.successor, self.probability = random_successors(keys[:2], shape, options.states, options.branching)
         self.follower_reward, own = (jax.random.normal(key, shape) for key in keys[2:])
         self.leader_reward = alignment * self.follower_reward + jnp.sqrt(1 - alignment**2) * own
 
-    def start(self, key: jax.Array) -> jax.Array:
-        """x ~ N(0, 0.1^2), [S, L]: nearly uniform."""
+    def start(self, key: PRNGKeyArray) -> Float[Array, "S L"]:
+        """x ~ N(0, 0.1^2): nearly uniform."""
         leaders, states, _ = self.follower_reward.shape
         return 0.1 * jax.random.normal(key, (states, leaders))
 
@@ -95,7 +97,7 @@ class Stackelberg(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         process = self._process(x, self.leader_reward, self.leader_discount)
         return -policy_value(process, solution.policy) @ process.initial
 
@@ -104,8 +106,8 @@ class Stackelberg(eqx.Module):
         leader = pair_panel("leader's policy", jax.nn.softmax(x), "probability")
         return leader, pair_panel("follower's policy", solution.policy, "probability")
 
-    def _process(self, x: jax.Array, reward: jax.Array, discount: jax.Array) -> MDP:
-        """The game with a reward [L, S, A] as the follower's process: the leader's actions are averaged over."""
+    def _process(self, x: Float[Array, "S L"], reward: Float[Array, "L S A"], discount: Float[Array, ""]) -> MDP:
+        """The game with a reward as the follower's process: the leader's actions are averaged over."""
         mixture = jax.nn.softmax(x).T[..., None]  # [L, S, 1]
         pairs = reward.shape[1:]
         transition = SuccessorTransition(

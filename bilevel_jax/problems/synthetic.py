@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from bilevel_jax.errors import InputError
-from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.options import require_room_for, require_seed, require_whole
+from bilevel_jax.bilevel import Problem
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.validation import as_float
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import ShannonEntropy
+from bilevel_jax.problems.options import require_room_for, require_room_to_solve, require_seed, require_whole
 from bilevel_jax.problems.panels import pair_panel
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import ShannonEntropy
-from bilevel_jax.validation import as_float
 
 MOST = 10_000  # the dense transition alone has states^2 * actions entries
 
@@ -36,20 +37,20 @@ class SyntheticOptions:
     seed: int = 0
 
 
-class Synthetic(eqx.Module):
+class Synthetic(Problem):
     """The problem: r_x[s, a] = coefficient[s, a] * x' matrix x, f = |x|^2 / 2 + sum pi^2 / 2.
 
     The upper variable is x[n]. Every pair has a random number (1 to S - 1) of random successors.
     """
 
-    transition: jax.Array  # [S, A, S]
-    coefficient: jax.Array  # [S, A]
-    matrix: jax.Array  # [n, n]
-    discount: jax.Array
-    temperature: jax.Array
+    transition: Float[Array, "S A S"]
+    coefficient: Float[Array, "S A"]
+    matrix: Float[Array, "n n"]
+    discount: Float[Array, ""]
+    temperature: Float[Array, ""]
 
-    def start(self, key: jax.Array) -> jax.Array:
-        """x ~ N(0, 1), [n]."""
+    def start(self, key: PRNGKeyArray) -> Float[Array, " n"]:
+        """x ~ N(0, 1)."""
         return jax.random.normal(key, self.matrix.shape[:1], self.matrix.dtype)
 
     def mdp(self, x):
@@ -59,7 +60,7 @@ class Synthetic(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         return (jnp.sum(x**2) + jnp.sum(solution.policy**2)) / 2
 
     def panels(self, x, solution):
@@ -78,8 +79,10 @@ def synthetic(options: SyntheticOptions) -> Synthetic:
             limit = f"at least {least}" if size < least else f"at most {MOST}"
             raise InputError(f"{name} must be {limit}, got {size}")
     require_seed(options)
-    require_room_for("states, actions", options.states, options.actions, options.states, copies=3)
-    require_room_for("dimension", options.dimension, options.dimension, copies=2)
+    # A sort of random numbers, each with its place; a matrix, and its transpose for a product.
+    require_room_for("states, actions", options.states, options.actions, options.states, copies=8)
+    require_room_for("dimension", options.dimension, options.dimension, copies=4)
+    require_room_to_solve("states, actions", options.states, options.actions)
     key = jax.random.key(options.seed)
     transition, coefficient, matrix = _draw(key, options.states, options.actions, options.dimension)
     problem = Synthetic(
@@ -94,8 +97,10 @@ def synthetic(options: SyntheticOptions) -> Synthetic:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _draw(key: jax.Array, states: int, actions: int, dimension: int) -> tuple[jax.Array, ...]:
-    """The transition [S, A, S], the coefficient [S, A] and the matrix [n, n]."""
+def _draw(
+    key: PRNGKeyArray, states: int, actions: int, dimension: int
+) -> tuple[Float[Array, "S A S"], Float[Array, "S A"], Float[Array, "n n"]]:
+    """The transition, the coefficient and the matrix."""
     keys = jax.random.split(key, 5)
     shape = (states, actions)
     count = jax.random.randint(keys[0], (*shape, 1), 1, states)

@@ -6,25 +6,36 @@ is a Garnet (Archibald, McKinnon and Thomas 1995).
 """
 
 import dataclasses
+from typing import Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from bilevel_jax.bilevel import Problem, SampledProblem
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.functions import Table
+from bilevel_jax.core.options import require_choices
+from bilevel_jax.core.validation import as_float, plain, require_at_least, require_finite
 from bilevel_jax.environments import TabularEnvironment, Trajectory
-from bilevel_jax.errors import InputError
-from bilevel_jax.evaluation import policy_value
-from bilevel_jax.functions import Table
-from bilevel_jax.mdp import MDP
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import KLDivergence, ShannonEntropy
+from bilevel_jax.mdp.transitions import SuccessorTransition
 from bilevel_jax.preferences import Teacher, log_likelihood, segment_return
-from bilevel_jax.problems.options import require_room_for, require_seed, require_whole
+from bilevel_jax.problems.options import (
+    require_count,
+    require_room_for,
+    require_room_to_solve,
+    require_seed,
+    require_whole,
+)
 from bilevel_jax.problems.panels import pair_panel
+from bilevel_jax.problems.random_process import MOST_MINIMA, smallest
 from bilevel_jax.problems.registry import register
-from bilevel_jax.regularizers import KLDivergence, ShannonEntropy
-from bilevel_jax.transitions import SuccessorTransition
-from bilevel_jax.validation import as_float, plain, require_at_least, require_finite
+from bilevel_jax.solvers.policy_value import policy_value
 
 MOST = 10_000  # states, actions or features
 MOST_SEGMENTS = 16_384  # the exact objective compares each with each
@@ -45,7 +56,7 @@ class TabularRLHFOptions:
     rationality: the teacher's inverse temperature.
     noise: probability that a label is a guess.
     tie_threshold: the teacher mostly declares a tie where returns are closer than this.
-    labels: "expected", the loss averaged over the labels of a pair; or "sampled", one label a pair.
+    labels: "expected", the loss averaged over the labels of a pair; or "sampled", one label per pair.
     ridge: weight of |x|^2 / 2 in the objective.
     seed: of the MDP, the hidden reward, the features and the reference (not of the starting point).
     """
@@ -57,18 +68,18 @@ class TabularRLHFOptions:
     length: int = 3
     discount: float = 0.9
     temperature: float = 0.5
-    regularizer: str = "entropy"
+    regularizer: Literal["entropy", "kl"] = "entropy"
     features: int = 0
     rationality: float = 2.0
     noise: float = 0.05
     tie_threshold: float = 0.0
-    labels: str = "expected"
+    labels: Literal["expected", "sampled"] = "expected"
     ridge: float = 1e-3
     seed: int = 0
 
 
-class TabularRLHF(eqx.Module):
-    """The problem. The upper variable is x[S A], one weight a pair, or x[F], r_x = features @ x.
+class TabularRLHF(Problem, SampledProblem):
+    """The problem. The upper variable is x[S A], one weight per pair, or x[F] with r_x = features @ x.
 
     Two segments of H steps are drawn under pi*(x), the teacher labels them by their undiscounted return
     under `hidden_reward`, and the upper level pays the negative Bradley-Terry log-likelihood of the label
@@ -86,14 +97,14 @@ class TabularRLHF(eqx.Module):
 
     transition: SuccessorTransition
     environment: TabularEnvironment  # emits the hidden reward
-    initial: jax.Array  # [S]
-    discount: jax.Array
-    temperature: jax.Array
-    reference: jax.Array | None  # [S, A]
-    features: jax.Array | None  # [S, A, F]
+    initial: Float[Array, " S"]
+    discount: Float[Array, ""]
+    temperature: Float[Array, ""]
+    reference: Float[Array, "S A"] | None
+    features: Float[Array, "S A F"] | None
     teacher: Teacher
-    ridge: jax.Array
-    horizon: int = eqx.field(static=True, converter=plain)
+    ridge: Float[Array, ""]
+    horizon: int = eqx.field(static=True, converter=plain("horizon"))
     starts: int = eqx.field(static=True)
     sampled: bool = eqx.field(static=True)
 
@@ -101,11 +112,15 @@ class TabularRLHF(eqx.Module):
         _check_sizes(options)
         shape = (options.states, options.actions)
         keys = jax.random.split(jax.random.key(options.seed), 5)
-        require_room_for("states, actions", options.states, *shape, copies=3)
-        require_room_for("features", *shape, max(1, options.features), copies=2)
-        order = jnp.argsort(jax.random.uniform(keys[0], (options.states, *shape)), 0)
+        require_room_for("states, actions", options.states, *shape, copies=4 if options.branching <= MOST_MINIMA else 9)
+        require_room_for("branching", options.branching, *shape, copies=10)
+        require_room_to_solve("states, actions", *shape)
+        require_room_for("features", *shape, max(1, options.features), copies=4)
+        numbers = jax.random.uniform(keys[0], (options.states, *shape))
         mass = jax.random.exponential(keys[1], (options.branching, *shape))
-        self.transition = SuccessorTransition(order[: options.branching], mass / jnp.sum(mass, 0, keepdims=True))
+        self.transition = SuccessorTransition(
+            smallest(jnp.moveaxis(numbers, 0, -1), options.branching), mass / jnp.sum(mass, 0, keepdims=True)
+        )
         size = (*shape, options.features)
         self.features = jax.random.normal(keys[2], size) / options.features**0.5 if options.features else None
         weights = jax.random.normal(keys[3], size[2:] if options.features else shape)
@@ -128,20 +143,20 @@ class TabularRLHF(eqx.Module):
 
     @property
     def trajectories(self) -> int:
-        """Two segments a loss."""
+        """The number of trajectories per loss: the 2 segments of a pair."""
         return 2
 
     @property
-    def loss_discount(self) -> jax.Array:
-        """A pair is paid for as a whole."""
+    def loss_discount(self) -> Float[Array, ""]:
+        """The discount of the loss: 1, because a pair is paid for as a whole."""
         return jnp.ones_like(self.discount)
 
     @property
-    def hidden_reward(self) -> jax.Array:
-        """What the teacher judges by, [S, A]."""
+    def hidden_reward(self) -> Float[Array, "S A"]:
+        """The reward by which the teacher judges."""
         return self.environment.reward
 
-    def start(self, key: jax.Array) -> jax.Array:
+    def start(self, key: PRNGKeyArray) -> Float[Array, " n"]:
         """x ~ N(0, 0.1^2), [S A] or [F]."""
         size = self.hidden_reward.size if self.features is None else self.features.shape[-1]
         return 0.1 * jax.random.normal(key, (size,))
@@ -159,11 +174,11 @@ class TabularRLHF(eqx.Module):
             return ShannonEntropy(self.temperature)
         return KLDivergence(self.temperature, self.reference)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         probability, learned, hidden = self.segments(solution.policy, self.reward(x).values)
         return self._pair_loss(probability, learned, hidden) + self._price(x)
 
-    def loss(self, key, x, trajectories: Trajectory):
+    def loss(self, key, x, trajectories: Trajectory) -> Float[Array, ""]:
         taken = self.reward(x).values[trajectories.observation, trajectories.action]
         learned = segment_return(taken, trajectories.valid)
         hidden = segment_return(trajectories.reward, trajectories.valid)
@@ -177,15 +192,17 @@ class TabularRLHF(eqx.Module):
             pair_panel("the agent's policy", solution.policy, "probability"),
         )
 
-    def true_return(self, policy: jax.Array) -> jax.Array:
-        """What a policy[S, A] earns: its discounted hidden reward from the start, a scalar."""
+    def true_return(self, policy: Float[Array, "S A"]) -> Float[Array, ""]:
+        """Return the discounted hidden reward of a policy from the start."""
         process = self._process(self.hidden_reward)
         return policy_value(process, policy) @ process.initial
 
-    def segments(self, policy: jax.Array, reward: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Every segment's probability under policy[S, A], return under reward[S, A] and hidden return, each [N].
+    def segments(
+        self, policy: Float[Array, "S A"], reward: Float[Array, "S A"]
+    ) -> tuple[Float[Array, " N"], Float[Array, " N"], Float[Array, " N"]]:
+        """Return every segment's probability under the policy, return under the reward, and hidden return.
 
-        One that is reached by several paths through the tree of actions and successors stands there as often.
+        A segment that is reached by several paths through the tree of actions and successors is listed once per path.
         """
         successor = jnp.moveaxis(self.transition.successor, 0, -1)  # [S, A, K]
         chance = jnp.moveaxis(self.transition.probability, 0, -1)
@@ -203,8 +220,10 @@ class TabularRLHF(eqx.Module):
             hidden = hidden[:, None] + self.hidden_reward[state]
         return probability.reshape(-1), learned.reshape(-1), hidden.reshape(-1)
 
-    def _pair_loss(self, probability: jax.Array, learned: jax.Array, hidden: jax.Array) -> jax.Array:
-        """sum_ij p_i p_j loss_ij over pairs of segments, [N] each. The loss is symmetric: i <= j suffices."""
+    def _pair_loss(
+        self, probability: Float[Array, " N"], learned: Float[Array, " N"], hidden: Float[Array, " N"]
+    ) -> Float[Array, ""]:
+        """sum_ij p_i p_j loss_ij over pairs of segments. The loss is symmetric: i <= j suffices."""
         count = -(-probability.size // TILE)
         pad = count * TILE - probability.size
         rows = [jnp.pad(part, (0, pad)).reshape(count, TILE) for part in (probability, learned, hidden)]
@@ -219,10 +238,10 @@ class TabularRLHF(eqx.Module):
         tiles = tuple(jnp.asarray(index, jnp.int32) for index in np.triu_indices(count))
         return lax.scan(add, jnp.zeros((), learned.dtype), tiles)[0]
 
-    def _price(self, x: jax.Array) -> jax.Array:
+    def _price(self, x: Float[Array, " n"]) -> Float[Array, ""]:
         return self.ridge * jnp.sum(x**2) / 2
 
-    def _process(self, reward: jax.Array) -> MDP:
+    def _process(self, reward: Float[Array, "S A"]) -> MDP:
         return MDP(self.transition, reward, self.discount, self.initial)
 
 
@@ -234,16 +253,16 @@ def _check_sizes(options: TabularRLHFOptions) -> None:
         if not least <= size <= most.get(name, MOST):
             limit = f"at least {least}" if size < least else f"at most {most.get(name, MOST)}"
             raise InputError(f"{name} must be {limit}{' (the number of states)' * (name in most)}, got {size}")
-    for name, valid in (("regularizer", ("entropy", "kl")), ("labels", ("expected", "sampled"))):
-        if getattr(options, name) not in valid:
-            raise InputError(f"{name}: expected {valid[0]!r} or {valid[1]!r}, got {getattr(options, name)!r}")
+    require_choices(options)
     require_seed(options)
     count = options.starts * options.actions * (options.actions * options.branching) ** (options.length - 1)
-    if count > MOST_SEGMENTS:
-        raise InputError(
-            f"length: {options.length} steps make {count} segments (starts * actions * (actions * branching)^(length "
-            f"- 1)), at most {MOST_SEGMENTS} can be compared exactly; take fewer steps, starts, actions or successors"
-        )
+    require_count(
+        "length",
+        count,
+        MOST_SEGMENTS,
+        f"{options.length} steps make {{count}} segments (starts * actions * (actions * branching)^(length - 1))",
+        "can be compared exactly; take fewer steps, starts, actions or successors",
+    )
 
 
 register("tabular_rlhf", TabularRLHFOptions, TabularRLHF)

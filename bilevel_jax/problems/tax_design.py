@@ -6,7 +6,6 @@ the formulas and numbers of the authors' code (lasgroup/HPGD). They simulate it;
 """
 
 import dataclasses
-import itertools
 from typing import Any
 
 import equinox as eqx
@@ -14,19 +13,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logit, ndtr
+from jaxtyping import Array, Float, Int32, Integer, PRNGKeyArray
 
-from bilevel_jax.environments import Environment, TimeStep
+from bilevel_jax.bilevel import Problem
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.promotion import with_rank
+from bilevel_jax.core.validation import as_float, require_distribution, require_positive
+from bilevel_jax.environments import Discrete, Environment, TimeStep
 from bilevel_jax.environments.sampling import choose, uniform
-from bilevel_jax.errors import InputError
-from bilevel_jax.evaluation import policy_value
-from bilevel_jax.mdp import MDP
-from bilevel_jax.problems.options import as_fraction, as_number, as_positive, require_size
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import ShannonEntropy
+from bilevel_jax.mdp.transitions import DenseTransition
+from bilevel_jax.problems.options import (
+    as_fraction,
+    as_number,
+    as_positive,
+    as_sequence,
+    require_count,
+    require_room_for,
+    require_room_to_solve,
+    require_size,
+)
 from bilevel_jax.problems.panels import Curves, Panel
 from bilevel_jax.problems.registry import register
-from bilevel_jax.promotion import with_rank
-from bilevel_jax.regularizers import ShannonEntropy
-from bilevel_jax.transitions import DenseTransition
-from bilevel_jax.validation import as_float, require_distribution, require_positive
+from bilevel_jax.solvers.policy_value import policy_value
 
 HOURS, SPENDING = 8.0, 5.0  # the most that a household works, and that it spends on each good, in a period
 START = 0.15  # share of the largest rate: 0.3 as published
@@ -38,7 +48,7 @@ MOST_ENTRIES = 100_000_000  # of the transition
 class TaxDesignOptions:
     """Tax design: rates of income and value-added taxes, for welfare and revenue, given how households respond.
 
-    households: a row for each type, its share of the population, then its preference of each good.
+    households: one row per type, with its share of the population, then its preference for each good.
     hours_levels, spending_levels: levels that a household can choose, of hours (0 to 8) and on each good (0 to 5).
     grid: points of the grid of assets, from -largest_assets to largest_assets.
     largest_assets: what assets are clipped to.
@@ -68,7 +78,7 @@ class TaxDesignOptions:
     temperature: float = 0.1
 
 
-class TaxDesign(eqx.Module):
+class TaxDesign(Problem):
     """The problem. The upper variable is x[1 + G]: rates are max_rate * sigmoid(x), of income, then of G goods.
 
     A household of a type works h hours and spends c_g on good g, both of finitely many levels: an action. Goods are
@@ -78,10 +88,11 @@ class TaxDesign(eqx.Module):
     Assets become a + (1 - income rate) wage h - sum_g c_g + noise N(0, 1), clipped to the grid's ends. The government
     maximises the discounted sum of `welfare` over types by their shares, from assets of N(0, 2).
 
-    Exactly, each period's assets are rounded to the nearest of the grid's points (Tauchen 1986): the probability of a
-    point is that of its cell under the noise, smooth in the rates as everything else in x: there are no kinks. To the
-    households the rounding is more noise, of variance cell^2 / 12, and hides drifts where cells are wider than two
-    standard deviations of the noise. Welfare with 21 points (cells of two) is 2.5% off, with 41 points 0.3%.
+    In the exact solution, each period's assets are rounded to the nearest point of the grid (Tauchen 1986): the
+    probability of a point is the probability of its cell under the noise. It is smooth in the rates, like everything
+    else in x; there are no kinks. For the households the rounding is additional noise, of variance cell^2 / 12. It
+    hides drifts where cells are wider than two standard deviations of the noise. Welfare with 21 points (cells of two)
+    is 2.5% off, with 41 points 0.3%.
 
     Income tax enters the dynamics, so that this is no `bilevel_jax.SampledProblem`, whose dynamics do not depend on x.
     `simulator(x)` simulates the economy at given rates, with rounded or with continuous assets.
@@ -93,20 +104,20 @@ class TaxDesign(eqx.Module):
       InputError: sizes or numbers out of range, shares or preferences that are none, too large a transition.
     """
 
-    assets: jax.Array  # [S]
-    share: jax.Array  # [C]
-    preference: jax.Array  # [C, G]
-    hours: jax.Array  # [A]
-    spending: jax.Array  # [A, G]
-    noise: jax.Array
-    wage: jax.Array
-    work_disutility: jax.Array
-    asset_utility: jax.Array
-    consumption_weight: jax.Array
-    revenue_weight: jax.Array
-    max_rate: jax.Array
-    discount: jax.Array
-    temperature: jax.Array
+    assets: Float[Array, " S"]
+    share: Float[Array, " C"]
+    preference: Float[Array, "C G"]
+    hours: Float[Array, " A"]
+    spending: Float[Array, "A G"]
+    noise: Float[Array, ""]
+    wage: Float[Array, ""]
+    work_disutility: Float[Array, ""]
+    asset_utility: Float[Array, ""]
+    consumption_weight: Float[Array, ""]
+    revenue_weight: Float[Array, ""]
+    max_rate: Float[Array, ""]
+    discount: Float[Array, ""]
+    temperature: Float[Array, ""]
 
     def __init__(self, options: TaxDesignOptions):
         self.share, self.preference = _households(options.households)
@@ -114,15 +125,19 @@ class TaxDesign(eqx.Module):
         require_size(options, "hours_levels", least=2)
         require_size(options, "spending_levels", least=2)
         require_size(options, "grid", least=2)
-        entries = options.grid**2 * options.hours_levels * options.spending_levels**goods
-        if entries > MOST_ENTRIES:
-            raise InputError(
-                f"grid: {options.grid} points make a transition of {entries} entries (grid^2 hours_levels "
-                f"spending_levels^goods), at most {MOST_ENTRIES} are taken; take fewer points or levels"
-            )
+        count = options.hours_levels * options.spending_levels**goods
+        require_count(
+            "grid",
+            options.grid**2 * count,
+            MOST_ENTRIES,
+            f"{options.grid} points make a transition of {{count}} entries (grid^2 hours_levels spending_levels^goods)",
+            "are taken; take fewer points or levels",
+        )
+        require_room_for("grid", options.grid, count, options.grid, copies=8)  # cells' probabilities and derivatives
+        require_room_to_solve("households", len(options.households), options.grid, count)
         levels = [np.linspace(0, HOURS, options.hours_levels)]
         levels += [np.linspace(0, SPENDING, options.spending_levels)] * goods
-        actions = jnp.asarray(list(itertools.product(*levels)), float)
+        actions = jnp.asarray(np.stack(np.meshgrid(*levels, indexing="ij"), -1).reshape(count, 1 + goods), float)
         self.hours, self.spending = actions[:, 0], actions[:, 1:]
         largest = as_positive(options, "largest_assets", "100 is usual")
         self.assets = largest * jnp.linspace(-1, 1, options.grid)
@@ -136,12 +151,12 @@ class TaxDesign(eqx.Module):
         self.discount = as_fraction(options, "discount", "0.9 is usual")
         self.temperature = ShannonEntropy(options.temperature).temperature
 
-    def start(self, key: jax.Array) -> jax.Array:
+    def start(self, key: PRNGKeyArray) -> Float[Array, " n"]:
         """x ~ N(logit(0.15), 0.1^2), [1 + G]: rates near 0.15 max_rate."""
         return logit(START) + 0.1 * jax.random.normal(key, (1 + self.preference.shape[1],))
 
-    def rates(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of income tax, and of value-added tax on each good [G]."""
+    def rates(self, x: Float[Array, " n"]) -> tuple[Float[Array, ""], Float[Array, " G"]]:
+        """Return the rates of income tax, and of value-added tax on each good."""
         rates = self.max_rate * jax.nn.sigmoid(x)
         return rates[0], rates[1:]
 
@@ -153,20 +168,20 @@ class TaxDesign(eqx.Module):
         del x
         return ShannonEntropy(self.temperature)
 
-    def objective(self, x, solution):
+    def objective(self, x, solution) -> Float[Array, ""]:
         welfare = jnp.broadcast_to(self.welfare(x), solution.policy.shape)
         process = self._process(x, welfare)
         return -self.share @ (policy_value(process, solution.policy) @ process.initial[0])
 
-    def utility(self, x: jax.Array) -> jax.Array:
-        """Of each action to each type, without that of assets, [C, A]."""
+    def utility(self, x: Float[Array, " n"]) -> Float[Array, "C A"]:
+        """Return the utility of each action for each type, without that of assets."""
         # As two factors: at no spending, the derivative of one power would be infinite times 0.
         spent = jnp.prod(self.spending[None] ** self.preference[:, None], -1)
         taxed = jnp.prod((1 + self.rates(x)[1])[None] ** -self.preference, -1)
         return spent * taxed[:, None] - self.work_disutility * self.hours[None] ** 2
 
-    def welfare(self, x: jax.Array) -> jax.Array:
-        """What the government counts of each action, [A].
+    def welfare(self, x: Float[Array, " n"]) -> Float[Array, " A"]:
+        """What the government counts of each action.
 
         consumption_weight times the mean over goods of c_g / (1 + rate_g), as a share of the most spending, and
         revenue_weight times log(1 + tax revenue).
@@ -176,22 +191,25 @@ class TaxDesign(eqx.Module):
         revenue = quantity @ added + income * self.wage * self.hours
         return self.consumption_weight * jnp.mean(quantity, -1) / SPENDING + self.revenue_weight * jnp.log1p(revenue)
 
-    def saving(self, x: jax.Array) -> jax.Array:
-        """What each action adds to assets, on average, [A]."""
+    def saving(self, x: Float[Array, " n"]) -> Float[Array, " A"]:
+        """Return how much each action adds to assets, on average."""
         return (1 - self.rates(x)[0]) * self.wage * self.hours - jnp.sum(self.spending, -1)
 
-    def nearest(self, assets: jax.Array) -> jax.Array:
+    def nearest(self, assets: Float[Array, "*batch"]) -> Int32[Array, "*batch"]:
         """The index of the grid's point nearest to some assets."""
         low, high = self.assets[0], self.assets[-1]
         last = self.assets.shape[0] - 1
         return jnp.clip(jnp.round((assets - low) / (high - low) * last), 0, last).astype(jnp.int32)
 
-    def simulator(self, x: jax.Array, *, rounded: bool = False) -> "Household":
-        """One household after another at the rates of x. `rounded`: to the grid, which is the process of `mdp(x)`."""
+    def simulator(self, x: Float[Array, " n"], *, rounded: bool = False) -> "Household":
+        """Return a simulator of one household after another at the rates of x.
+
+        `rounded` rounds to the grid, as `mdp(x)` does.
+        """
         return Household(self, x, rounded)
 
-    def behaviour(self, policy: jax.Array) -> "Behaviour":
-        """A policy[C, S, A] for the simulator: what it does at the grid's nearest point."""
+    def behaviour(self, policy: Float[Array, "C S A"]) -> "Behaviour":
+        """Return a policy for the simulator: the policy at the grid's nearest point."""
         return Behaviour(self, policy)
 
     def panels(self, x, solution) -> tuple[Panel, ...]:
@@ -202,37 +220,45 @@ class TaxDesign(eqx.Module):
         chosen = np.column_stack([self.hours, self.spending])
         means = np.moveaxis(np.asarray(solution.policy) @ chosen, -1, 0)  # [1 + G, C, S]
         return tuple(
-            Curves(title, np.asarray(self.assets), {f"type {c + 1}": y for c, y in enumerate(curves)}, "assets", label)
+            Curves(
+                title=title,
+                x=np.asarray(self.assets),
+                curves={f"type {c + 1}": y for c, y in enumerate(curves)},
+                x_label="assets",
+                y_label=label,
+            )
             for (title, label), curves in zip(titles, means, strict=True)
         )
 
-    def _process(self, x: jax.Array, reward: jax.Array) -> MDP:
+    def _process(self, x: Float[Array, " n"], reward: Float[Array, "#C #S A"]) -> MDP:
         """The economy with a reward that broadcasts to [C, S, A]."""
         transition = DenseTransition(self._cells(self.assets[:, None] + self.saving(x)[None], self.noise))
         initial = self._cells(jnp.zeros_like(self.noise), INITIAL_SPREAD)
         shape = (*self.share.shape, *transition.shape)
         return MDP(transition, jnp.broadcast_to(reward, shape), self.discount, initial)
 
-    def _cells(self, mean: jax.Array, deviation: jax.Array | float) -> jax.Array:
-        """Probabilities of the grid's cells [..., S] under a normal distribution; the outermost have its tails."""
+    def _cells(self, mean: Float[Array, "*batch"], deviation: Float[Array, ""] | float) -> Float[Array, "*batch S"]:
+        """Probabilities of the grid's cells under a normal distribution; the outermost have its tails."""
         borders = (self.assets[1:] + self.assets[:-1]) / 2
         below = ndtr((with_rank(borders, mean.ndim + 1) - mean[..., None]) / deviation)
         return jnp.maximum(jnp.diff(below, prepend=0.0, append=1.0), 0)  # rounding may leave -1e-17
 
 
 class Household(Environment):
-    """A household at given rates. State and observation are its type, int32, and its assets; its reward is emitted.
+    """The simulator of a household at given rates.
 
-    With rounded assets, in law the process of `TaxDesign.mdp(x)`.
+    State and observation are its type, int32, and its assets; it emits its reward.
+
+    With rounded assets it has the distribution of the process of `TaxDesign.mdp(x)`.
     """
 
     problem: TaxDesign
-    x: jax.Array
+    x: Float[Array, " n"]
     rounded: bool = eqx.field(static=True)
 
     @property
-    def num_actions(self):
-        return self.problem.hours.shape[0]
+    def action_space(self):
+        return Discrete(self.problem.hours.shape[0])
 
     def reset(self, key):
         for_type, for_assets = jax.random.split(key)
@@ -248,9 +274,11 @@ class Household(Environment):
         reward = problem.utility(self.x)[kind, action] + _asset_utility(assets, problem.asset_utility)
         following = kind, self._noisy(key, assets + problem.saving(self.x)[action], problem.noise)
         never = jnp.zeros((), bool)
-        return following, TimeStep(following, reward, never, never)
+        return following, TimeStep(observation=following, reward=reward, terminated=never, truncated=never)
 
-    def _noisy(self, key: jax.Array, mean: jax.Array, deviation: jax.Array | float) -> jax.Array:
+    def _noisy(
+        self, key: PRNGKeyArray, mean: Float[Array, ""], deviation: Float[Array, ""] | float
+    ) -> Float[Array, ""]:
         grid = self.problem.assets
         assets = mean + deviation * jax.random.normal(key, dtype=grid.dtype)
         return grid[self.problem.nearest(assets)] if self.rounded else jnp.clip(assets, grid[0], grid[-1])
@@ -260,24 +288,25 @@ class Behaviour(eqx.Module):
     """See `TaxDesign.behaviour`."""
 
     problem: TaxDesign
-    policy: jax.Array  # [C, S, A]
+    policy: Float[Array, "C S A"]
 
-    def __call__(self, observation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def __call__(self, observation: tuple[Integer[Array, ""], Float[Array, ""]]) -> Float[Array, " A"]:
         kind, assets = observation
         return self.policy[kind, self.problem.nearest(assets)]
 
 
-def _asset_utility(assets: jax.Array, weight: jax.Array) -> jax.Array:
+def _asset_utility(assets: Float[Array, "*batch"], weight: Float[Array, ""]) -> Float[Array, "*batch"]:
     return jnp.where(assets > 0, weight * jnp.log1p(jnp.maximum(assets, 0) / 20), assets)
 
 
-def _households(rows: Any) -> tuple[jax.Array, jax.Array]:
-    """Shares [C] and preferences [C, G]."""
-    lengths = {len(row) for row in rows}
-    if len(lengths) != 1 or lengths == {1}:
+def _households(rows: Any) -> tuple[Float[Array, " C"], Float[Array, "C G"]]:
+    """Shares and preferences."""
+    rows = [as_sequence("households", row, "numbers") for row in as_sequence("households", rows, "rows")]
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) != 1 or lengths[0] < 2:
         raise InputError(
             f"households: expected at least one row (share, preference of each good), all of one length, got lengths "
-            f"{[len(row) for row in rows]}"
+            f"{lengths}"
         )
     table = as_float("households", rows, float)
     require_distribution("households (shares)", table[:, 0], -1, "divide them by their sum")

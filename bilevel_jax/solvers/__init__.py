@@ -1,4 +1,4 @@
-"""Solvers of V = T V: one loop, one small stepper a file."""
+"""Solvers of V = T V: one loop, and one small stepper per file."""
 
 from bilevel_jax.solvers.adaptive import AdaptivePolicyIteration
 from bilevel_jax.solvers.anderson import AndersonIteration
@@ -7,7 +7,7 @@ from bilevel_jax.solvers.loop import Solver, SolveStats
 from bilevel_jax.solvers.modified_policy_iteration import ModifiedPolicyIteration
 from bilevel_jax.solvers.newton_krylov import NewtonKrylov
 from bilevel_jax.solvers.policy_iteration import PolicyIteration
-from bilevel_jax.solvers.solve import Solution, read_out, solve
+from bilevel_jax.solvers.solve import Solution, solution_at, solve
 from bilevel_jax.solvers.value_iteration import ValueIteration
 
 __all__ = [
@@ -21,6 +21,6 @@ __all__ = [
     "SolveStats",
     "Solver",
     "ValueIteration",
-    "read_out",
+    "solution_at",
     "solve",
 ]

@@ -1,106 +1,112 @@
-"""Policy iteration that measures which way of evaluating a policy pays on the problem at hand."""
+"""Policy iteration that measures which way of evaluating a policy is faster on the problem at hand."""
 
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevel_jax.adjoint import BiCGStab, Preconditioner, linear_solve, residual_of
-from bilevel_jax.adjoint.factorization import (
-    is_affordable,
-    operations_in_products,
-    solve_if,
-    time_in_products,
-)
+from bilevel_jax.core.arrays import Count, Flag, Scalar
+from bilevel_jax.core.validation import require_instance, require_setting
+from bilevel_jax.linear import BiCGStab, Preconditioner, linear_solve, residual_of
+from bilevel_jax.linear.factorization import is_affordable, operations_in_products, solve_if, time_in_products
 from bilevel_jax.solvers.evaluation import fold_where_it_pays, improve, policy_operator, span, sweep_policy
 from bilevel_jax.solvers.loop import Stepper
-from bilevel_jax.validation import require_instance, require_setting
 
 # A Krylov product does more beside the product itself than a sweep of evaluation does.
 KRYLOV_COST = 1.5
-# What a Krylov solve is expected to gain a product, in nats of the residual, before it was tried.
+# How much a Krylov solve is expected to gain per product, in nats of the residual, before the first one was made.
 PRIOR_RATE = 0.15
-# A solve that gained less counts as this: one bad policy must not rule Krylov solves out for good.
+# The least that a solve counts as having gained: one bad policy must not rule Krylov solves out for good.
 LEAST_RATE = PRIOR_RATE / 10
-# A Krylov solver that was not used looks better by this factor each step, so that it is tried again.
+# While Krylov solves are not used, their assumed gain grows by this factor per step, so that they are tried again.
 OPTIMISM = 1.1
-# A Krylov solve makes at most so many times `sweeps` products.
+# A Krylov solve makes at most this number times `sweeps` products.
 BUDGET = 3
-# Sweeps before the choice; the rate is that of the last half of them.
+# The number of sweeps before the choice; their rate is measured over the last half of them.
 TRIAL = 8
-# Newton's steps need not narrow the bracket each time; after so many that did not, only sweeps follow.
+# Newton's steps need not narrow the bracket each time. After this many steps that did not, only sweeps follow.
 PATIENCE = 40
-# A factorization is considered once products took this part of its time, and made where what they gained says that the
-# rest of the solve would take as long as so many factorizations: Newton's method needs some.
+# A factorization is considered once the products so far have taken SHARE of the time that it takes. It is made if, at
+# the rate of these products, the rest of the solve would take as long as FACTORIZATIONS of them: a solve by Newton's
+# method needs several.
 SHARE = 1 / 4
 FACTORIZATIONS = 4
-# After the first the next ones are considered sooner, by this factor; and later by that with each of them, so that
-# where they do not pay either, most of the time goes to products in the end.
+# After the first factorization, the next one is considered sooner, by the factor SOONER. Each further one is considered
+# later than the last, by the factor LATER: where factorizations do not pay either, products get most of the time.
 SOONER, LATER = 1 / 8, 1.25
-# What a step costs beside its products, in products: the sweep that improves the policy.
+# The cost of a step apart from its products, in products: that of the sweep which improves the policy.
 SWEEP = 2
 
 
 class Record(NamedTuple):
-    """What Krylov solves gained a product, in nats of the residual, and whether the bracket still narrows.
+    """What was measured: how much a Krylov solve gained per product, in nats of the residual, and how the bracket
+    narrowed.
 
-    `best` half width so far and `stale` steps since.
+    `best` is the smallest half width of the bracket so far, and `stale` the number of steps since.
     """
 
-    krylov_rate: jax.Array
-    best: jax.Array
-    stale: jax.Array
+    krylov_rate: Scalar
+    best: Scalar
+    stale: Count
 
 
 class Spending(NamedTuple):
-    """What products gained since the last factorization, or since the start.
+    """What the products gained since the last factorization or, if there was none, since the start.
 
-    `reference`: half width of the bracket then, inf until a sweep has found it; `spent` products since, and `made`
-    factorizations.
+    `reference` is the half width of the bracket at that time, infinite until a sweep has computed it. `spent` is the
+    number of products since then, and `attempts` the number of factorizations.
     """
 
-    reference: jax.Array
-    spent: jax.Array
-    made: jax.Array
+    reference: Scalar
+    spent: Scalar
+    attempts: Scalar
 
-    def is_due(self, best: jax.Array, needed: jax.Array, price: float) -> jax.Array:
-        """Whether a factorization, of the time of `price` products, is the way from a half width `best` to `needed`."""
-        wait = jnp.where(self.made > 0, SOONER * jnp.exp(self.made * math.log(LATER)), 1) * (SHARE * price)
+    def is_due(self, best: Scalar, needed: Scalar, price: float) -> Flag:
+        """Return whether a factorization is the faster way from a half width `best` to `needed`.
+
+        It takes as long as `price` products.
+        """
+        wait = jnp.where(self.attempts > 0, SOONER * jnp.exp(self.attempts * math.log(LATER)), 1) * (SHARE * price)
         gained, left = jnp.log(self.reference / best), jnp.log(best / needed)
         return (self.spent >= wait) & (left * self.spent > FACTORIZATIONS * price * gained)
 
-    def after(self, due: jax.Array, best: jax.Array, products: jax.Array) -> "Spending":
+    def after(self, due: Flag, best: Scalar, products: Count) -> "Spending":
         reference = jnp.where(jnp.isinf(self.reference), best, self.reference)
         spent = self.spent + (products + SWEEP).astype(best.dtype)
         return Spending(
-            jnp.where(due, jnp.inf, reference), jnp.where(due, 0, spent), self.made + due.astype(best.dtype)
+            jnp.where(due, jnp.inf, reference), jnp.where(due, 0, spent), self.attempts + due.astype(best.dtype)
         )
 
 
 class AdaptivePolicyIteration(Stepper):
     """Modified policy iteration that turns to a Krylov solver where its sweeps are slow.
 
-    Each step improves the policy and evaluates it by some sweeps (`ModifiedPolicyIteration`). Where these
-    narrow the span more slowly, product by product, than the last Krylov solve did, and `sweeps` of them
-    would not reach `forcing`, a Krylov solve ends the evaluation (`NewtonKrylov`). Sweeps win on chains
-    that mix fast, at any discount, and where a policy is still far from optimal; Krylov solvers on slow
-    chains at discounts near 1.
+    Each step improves the policy and evaluates it by some sweeps (`ModifiedPolicyIteration`). Two conditions make a
+    Krylov solve complete the evaluation (`NewtonKrylov`): the sweeps narrow the span less per product than the last
+    Krylov solve did, and `sweeps` of them would not reach `forcing`. Sweeps are faster on chains that mix fast, at any
+    discount, and where a policy is still far from optimal. Krylov solvers are faster on slow chains at discounts near
+    1.
 
     Args:
       tolerance: bound on |value - V*|_inf; None asks for working precision.
-      max_steps: sweeps at most.
-      sweeps, forcing: of the evaluation by sweeps, see `ModifiedPolicyIteration`.
-      krylov_forcing: relative residual of a Krylov solve, by BiCGStab.
-      preconditioner: of BiCGStab.
+      max_iterations: the largest number of sweeps.
+      sweeps, forcing: settings of the evaluation by sweeps, see `ModifiedPolicyIteration`.
+      krylov_forcing: relative residual of a Krylov solve, which is BiCGStab.
+      preconditioner: the preconditioner of BiCGStab.
 
     Raises:
       InputError: a setting out of range or of another type.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> solution = bj.solve(mdp, bj.ShannonEntropy(0.1), solver=bj.AdaptivePolicyIteration())
+      >>> bj.check(solution).value.shape
+      (2,)
     """
 
     tolerance: Any = None
-    max_steps: Any = 100_000
+    max_iterations: Any = 100_000
     sweeps: Any = 50
     forcing: Any = 0.2
     krylov_forcing: Any = 0.03
@@ -127,7 +133,7 @@ class AdaptivePolicyIteration(Stepper):
         if spending is None:
             total, record, products = self._iterate(mdp, swept, record, most)
             return swept.value + total, (record, None), products
-        operator = policy_operator(mdp, swept.kept)
+        operator = policy_operator(mdp, swept.of_q)
         best = jnp.minimum(record.best, swept.half_width)
         due = spending.is_due(best, swept.needed, time_in_products(operator))
         exact = solve_if(due, operator, swept.gap, jnp.zeros_like(swept.gap))
@@ -137,8 +143,8 @@ class AdaptivePolicyIteration(Stepper):
         return swept.value + jnp.where(due, exact, total), (record, spending), products
 
     def _iterate(self, mdp, swept, state, most):
-        """What at most `most` sweeps or a Krylov solve add to V, the record, and the products that were made."""
-        operator = fold_where_it_pays(mdp, policy_operator(mdp, swept.kept))
+        """Return what at most `most` sweeps or a Krylov solve add to V, the record, and the number of products."""
+        operator = fold_where_it_pays(mdp, policy_operator(mdp, swept.of_q))
         gap = swept.gap
         dtype = gap.dtype
         enough = swept.needed / swept.half_width / 2
@@ -157,11 +163,11 @@ class AdaptivePolicyIteration(Stepper):
         def solve(_):
             fraction = jnp.maximum(jnp.asarray(self.krylov_forcing, dtype), enough)
             # What is lost by trying is bounded: policies that change do not deserve more.
-            krylov = BiCGStab(fraction, max_steps=BUDGET * most, preconditioner=self.preconditioner)
+            krylov = BiCGStab(fraction, max_iterations=BUDGET * most, preconditioner=self.preconditioner)
             rest = operator.apply(term)
             total, stats = linear_solve(krylov, operator, mdp.modulus, rest, share=False)
             # In the span, as of sweeps: what a solve takes off a constant error, the bracket does for nothing.
-            products = stats.steps.astype(jnp.int32) + 2
+            products = stats.products.astype(jnp.int32) + 2
             rate = jnp.log(span(rest) / span(residual_of(operator, total, rest))) / products.astype(dtype)
             return trial + total, products, jnp.where(rate > LEAST_RATE, rate, LEAST_RATE)
 

@@ -3,13 +3,14 @@
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
-from bilevel_jax.reductions import matmul
+from bilevel_jax.core.arrays import Count, Flag, PerState, Scalar
+from bilevel_jax.core.reductions import matmul
+from bilevel_jax.core.validation import plain, require_setting
 from bilevel_jax.solvers.loop import Stepper
-from bilevel_jax.validation import plain, require_setting
 
 # One sweep in so many may be a trial that failed: value iteration would need at least the others.
 WASTED_PARTS = 6
@@ -22,41 +23,47 @@ class History(NamedTuple):
     plain step; `wasted` and `sweeps` so far; `trial`: whether the V now swept was an extrapolation.
     """
 
-    values: jax.Array
-    gaps: jax.Array
-    count: jax.Array
-    value: jax.Array
-    gap: jax.Array
-    retreat: jax.Array
-    half_width: jax.Array
-    rate: jax.Array
-    wasted: jax.Array
-    sweeps: jax.Array
-    trial: jax.Array
+    values: Float[Array, "m S"]
+    gaps: Float[Array, "m S"]
+    count: Count
+    value: PerState
+    gap: PerState
+    retreat: PerState
+    half_width: Scalar
+    rate: Scalar
+    wasted: Count
+    sweeps: Count
+    trial: Flag
 
 
 class AndersonIteration(Stepper):
-    """Extrapolates from the last sweeps: V <- the combination of past T V whose combined T V - V is least.
+    """Anderson acceleration: V becomes the combination of past T V for which the combined T V - V is smallest.
 
-    Anderson 1965; Walker and Ni 2011, "Anderson acceleration for fixed-point iterations"; for MDPs Geist and
-    Scherrer 2018. An extrapolation is kept only where it narrows the bracket of V* at least as much as the
-    last plain sweep did; otherwise the iteration goes on from T V, and one sweep is lost. No extrapolation
-    is tried while the lost sweeps are more than a sixth of all: a fifth of those that value iteration makes.
+    Anderson 1965; Walker and Ni 2011, "Anderson acceleration for fixed-point iterations"; for MDPs Geist and Scherrer
+    2018. An extrapolation is kept only where it narrows the bracket of V* at least as much as the last plain sweep did.
+    Otherwise the iteration goes on from T V, and one sweep is lost. No extrapolation is tried while more than a sixth
+    of all sweeps are lost; that many are a fifth of the sweeps of value iteration.
 
     Args:
       tolerance: bound on |value - V*|_inf; None asks for working precision.
-      max_steps: sweeps at most.
-      history: differences that are kept (static), 1 to 16.
+      max_iterations: the largest number of sweeps.
+      history: how many past differences are kept (static), 1 to 16.
 
     Raises:
-      InputError: tolerance below 0, max_steps below 1, or history not between 1 and 16.
+      InputError: tolerance below 0, max_iterations below 1, or history not between 1 and 16.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> solution = bj.solve(mdp, bj.ShannonEntropy(0.1), solver=bj.AndersonIteration())
+      >>> bj.check(solution).value.shape
+      (2,)
     """
 
     batched_on_cpu: ClassVar[bool] = True
 
     tolerance: Any = None
-    max_steps: Any = 100_000
-    history: int = eqx.field(default=5, static=True, converter=plain)
+    max_iterations: Any = 100_000
+    history: int = eqx.field(default=5, static=True, converter=plain("history"))
 
     def __check_init__(self):
         require_setting("history", self.history, 1, "3 to 8 is usual", whole=True)
@@ -66,7 +73,19 @@ class AndersonIteration(Stepper):
         basis = jnp.zeros((self.history, *value.shape), value.dtype)
         zero, wide = jnp.asarray(0, jnp.int32), jnp.asarray(jnp.inf, value.dtype)
         one = jnp.asarray(1, value.dtype)
-        return History(basis, basis, zero, value, value, value, wide, one, zero, zero, jnp.asarray(False))
+        return History(
+            values=basis,
+            gaps=basis,
+            count=zero,
+            value=value,
+            gap=value,
+            retreat=value,
+            half_width=wide,
+            rate=one,
+            wasted=zero,
+            sweeps=zero,
+            trial=jnp.asarray(False),
+        )
 
     def step(self, mdp, swept, state):
         del mdp
@@ -94,22 +113,22 @@ class AndersonIteration(Stepper):
         extrapolated = swept.backup - _correction(values, gaps, gap)
         value = jnp.where(kept, jnp.where(may, extrapolated, swept.backup), state.retreat)
         new = History(
-            values,
-            gaps,
-            count,
-            jnp.where(kept, swept.value, state.value),
-            jnp.where(kept, gap, state.gap),
-            jnp.where(kept, swept.backup, state.retreat),
-            jnp.where(kept, swept.half_width, state.half_width),
-            rate,
-            wasted,
-            sweeps,
-            may,
+            values=values,
+            gaps=gaps,
+            count=count,
+            value=jnp.where(kept, swept.value, state.value),
+            gap=jnp.where(kept, gap, state.gap),
+            retreat=jnp.where(kept, swept.backup, state.retreat),
+            half_width=jnp.where(kept, swept.half_width, state.half_width),
+            rate=rate,
+            wasted=wasted,
+            sweeps=sweeps,
+            trial=may,
         )
         return value, new, jnp.asarray(0, jnp.int32)
 
 
-def _correction(values: jax.Array, gaps: jax.Array, gap: jax.Array) -> jax.Array:
+def _correction(values: Float[Array, "m S"], gaps: Float[Array, "m S"], gap: PerState) -> PerState:
     """(dV + dgap)' c [S] for the c [m] that makes |gap - dgap' c|_2 least. Unused rows are zero."""
     centred = gaps - jnp.mean(gaps, -1, keepdims=True)  # a constant is not an error here: the bracket takes it out
     gram = matmul(centred, gaps.T)
@@ -119,8 +138,11 @@ def _correction(values: jax.Array, gaps: jax.Array, gap: jax.Array) -> jax.Array
     return matmul(weights, values + gaps)
 
 
-def _solve_small(matrix: jax.Array, rhs: jax.Array) -> jax.Array:
-    """Gauss-Jordan without pivoting for a positive definite [m, m]: no LAPACK, so that vmap is safe on a CPU."""
+def _solve_small(matrix: Float[Array, "m m"], rhs: Float[Array, " m"]) -> Float[Array, " m"]:
+    """Solve a positive definite system [m, m] by Gauss-Jordan without pivoting.
+
+    It uses no LAPACK, so that vmap is safe on a CPU.
+    """
     rows = jnp.concatenate([matrix, rhs[:, None]], 1)
 
     def eliminate(i, rows):

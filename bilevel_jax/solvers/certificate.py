@@ -1,4 +1,4 @@
-"""What a Bellman sweep proves about V*: two-sided bounds from T V - V, and what rounding adds to them.
+"""Proofs about V* from one Bellman sweep: two-sided bounds from T V - V, and what rounding adds to them.
 
 T is monotone, and T (V + c) lies between T V + least * c and T V + most * c, where least and most are the
 smallest and largest expected discounts of a pair, sum_s' discount P. Hence, with gap = T V - V,
@@ -11,49 +11,53 @@ much faster than the gap itself. What rounding adds is made of the numbers of th
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from bilevel_jax import rounding
-from bilevel_jax.bellman import action_values, largest_rounding, sizes_of
-from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import largest
-from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.rounds import only_if
+from bilevel_jax.core import rounding
+from bilevel_jax.core.arrays import Flag, PerPair, PerState, Scalar
+from bilevel_jax.core.reductions import largest
+from bilevel_jax.core.rounds import only_if
+from bilevel_jax.mdp.bellman import action_values, largest_rounding, sizes_of
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import Regularizer
 
 
 class Discounts(NamedTuple):
-    """The smallest and the largest expected discount of a pair, scalars, with what rounding may have done to them."""
+    """The smallest and the largest expected discount of a state-action pair, scalars, both widened by what rounding may
+    do to them.
+    """
 
-    least: jax.Array
-    most: jax.Array
+    least: Scalar
+    most: Scalar
 
 
 class Bracket(NamedTuple):
     """T V + lower <= V* <= T V + upper, both widened by `rounding`; scalars."""
 
-    lower: jax.Array
-    upper: jax.Array
-    rounding: jax.Array
+    lower: Scalar
+    upper: Scalar
+    rounding: Scalar
 
     @property
-    def middle(self) -> jax.Array:
+    def middle(self) -> Scalar:
         """T V + middle is the best estimate of V*."""
         return (self.lower + self.upper) / 2
 
     @property
-    def half_width(self) -> jax.Array:
+    def half_width(self) -> Scalar:
         """Bounds |T V + middle - V*|_inf, rounding apart."""
         return (self.upper - self.lower) / 2
 
     @property
-    def reach(self) -> jax.Array:
+    def reach(self) -> Scalar:
         """Bounds |T V - V*|_inf, rounding apart."""
         return jnp.maximum(self.upper, -self.lower)
 
 
 def expected_discounts(mdp: MDP) -> Discounts:
-    """From the row sums as they are: a row that sums to 1 + 1e-7 has a larger discount."""
+    """Return the expected discounts from the row sums as they are: a row that sums to 1 + 1e-7 has a larger
+    discount.
+    """
     mass = mdp.discount * mdp.transition.expect(jnp.ones_like(mdp.reward[:, 0]))
     least, most = mass, mass
     if mdp.available is not None:
@@ -62,17 +66,17 @@ def expected_discounts(mdp: MDP) -> Discounts:
 
 
 def contraction_only(mdp: MDP) -> Discounts:
-    """For bounds by the contraction modulus alone, whatever signs a gap has."""
+    """Return discounts for bounds by the contraction modulus alone, whatever signs a gap has."""
     most = expected_discounts(mdp).most
     return Discounts(jnp.zeros_like(most), most)
 
 
-def _allowing_for_row_sums(mdp: MDP, least: jax.Array, most: jax.Array) -> Discounts:
-    relative = rounding.of_row_sums(mdp.transition.terms, most.dtype)
+def _allowing_for_row_sums(mdp: MDP, least: Scalar, most: Scalar) -> Discounts:
+    relative = rounding.of_row_sums(mdp.transition.sums(mdp.reward[:, 0]), most.dtype)
     return Discounts(least * (1 - relative), most * (1 + relative))
 
 
-def bracket(discounts: Discounts, low: jax.Array, high: jax.Array, noise: jax.Array) -> Bracket:
+def bracket(discounts: Discounts, low: Scalar, high: Scalar, noise: Scalar) -> Bracket:
     """The bracket that min and max of T V - V prove; `noise` is the error in one entry of T V."""
     least, most = (jnp.where((d >= 0) & (d < 1), d / (1 - d), jnp.inf) for d in discounts)
     upper = _times(high, jnp.where(high > 0, most, least))
@@ -80,7 +84,7 @@ def bracket(discounts: Discounts, low: jax.Array, high: jax.Array, noise: jax.Ar
     return Bracket(lower, upper, _times(noise, 1 + most))
 
 
-def _times(gap: jax.Array, factor: jax.Array) -> jax.Array:
+def _times(gap: Scalar, factor: Scalar) -> Scalar:
     return jnp.where(gap == 0, 0, gap * factor)
 
 
@@ -88,66 +92,68 @@ def excess_below(
     mdp: MDP,
     regularizer: Regularizer,
     discounts: Discounts,
-    value: jax.Array,
-    backup: jax.Array,
-    shift: jax.Array,
-    allowed: jax.Array,
-) -> jax.Array:
-    """About the largest |T W - W| of a state, W = T V + shift, in units of the rounding of its equation at V, a scalar.
+    value: PerState,
+    backup: PerState,
+    shift: Scalar,
+    allowed: PerState,
+) -> Scalar:
+    """Return about the largest |T W - W| of a state, W = T V + shift, in units of the rounding of its equation at V, a
+    scalar.
 
-    Near discount 1 a large constant has a small residual: (1 - discount) shift, which the rounding of V + shift would
-    cover, whatever V is. What the shift is measured by is the equation without it. Its own product with 1 - discount
-    has a rounding, too. `allowed`[S] is the rounding at W: less what the shift may add to it, that is enough in most
-    cases, and nothing is computed at V.
+    Near discount 1 a large constant has a small residual, (1 - discount) shift. The rounding of V + shift would cover
+    it, whatever V is. The shift is therefore held against the rounding of the equation without it; its own product with
+    1 - discount has a rounding, too. `allowed`[S] is the rounding at W. In most cases it is enough to subtract what the
+    shift may add to it, and nothing is computed at V.
     """
-    terms = mdp.transition.terms
+    sums = mdp.transition.sums(value)
     size = jnp.abs(shift)
-    own = rounding.of_row_sums(terms, value.dtype) * size
+    own = rounding.of_row_sums(sums, value.dtype) * size
     left = jnp.maximum(*(jnp.abs(discount * (backup - value) - (1 - discount) * shift) for discount in discounts))
 
     def exact():
         q = action_values(mdp, value)
         sizes = sizes_of(mdp, regularizer, value, q, backup)
-        return jnp.max(left / (sizes.rounding(terms, sizes.expected()) + own))
+        return jnp.max(left / (sizes.rounding(sums, sizes.expected()) + own))
 
-    added = rounding.of_sweep(terms, discounts.most * size, 2 * size, jnp.zeros_like(size))
+    added = rounding.of_sweep(sums, discounts.most * size, 2 * size, jnp.zeros_like(size))
     rough = jnp.max(left / (jnp.maximum(allowed - added, 0) + own))
     return only_if(~(rough <= rounding.working_precision(mdp.modulus, value.dtype)), exact, rough)
 
 
 class Certificate(NamedTuple):
-    """What one sweep at V proves of it; scalars.
+    """What one sweep at V proves about V; scalars.
 
-    `residual` |T V - V|_inf. `error_bound` on |V - V*|_inf. `suboptimality` bounds max_s V*[s] - V^pi[s] for the
-    policy pi at V. `noise`, the largest rounding of the sweep. `implied`: the most that the policy collects in a step,
-    over 1 - discount, which bounds |V^pi|. `excess`, the largest |T V - V| of a state in units of the rounding of its
-    own equation; inf where that was not asked for.
+    `residual` is |T V - V|_inf. `error_bound` bounds |V - V*|_inf. `suboptimality` bounds max_s V*[s] - V^pi[s] for the
+    policy pi at V. `noise` is the largest rounding of the sweep. `implied` is the most that the policy collects per
+    step, divided by 1 - discount; it bounds |V^pi|. `excess` is the largest |T V - V| of a state in units of the
+    rounding of that state's own equation, infinite where it was not asked for.
     """
 
-    residual: jax.Array
-    error_bound: jax.Array
-    suboptimality: jax.Array
-    noise: jax.Array
-    implied: jax.Array
-    excess: jax.Array
+    residual: Scalar
+    error_bound: Scalar
+    suboptimality: Scalar
+    noise: Scalar
+    implied: Scalar
+    excess: Scalar
 
 
 def certify(
     mdp: MDP,
     regularizer: Regularizer,
     discounts: Discounts,
-    value: jax.Array,
-    q: jax.Array,
-    backup: jax.Array,
-    by_state: jax.Array | None,
-) -> tuple[Certificate, jax.Array]:
-    """The certificate of V[S], given Q[S, A] and T V [S] at it; and the least rounding of each state's equation, [S].
+    value: PerState,
+    q: PerPair,
+    backup: PerState,
+    by_state: Flag | None,
+) -> tuple[Certificate, PerState]:
+    """Return the certificate of V[S], given Q[S, A] and T V [S] at it, and the least rounding of each state's equation,
+    [S].
 
-    T_pi V = T V for the policy pi at V, so that the bracket that V and T V prove holds V^pi as well as V*.
-    `by_state`, a bool: whether to compute E|V|, a product, where the bound on `excess` without it is above the
-    threshold. None leaves both out: `excess`, and that rounding, are inf.
+    T_pi V = T V for the policy pi at V, so that the bracket that V and T V prove holds V^pi as well as V*. `by_state`,
+    a bool, says whether to compute E|V|, a product, where the bound on `excess` without it is above the threshold. None
+    leaves out both: `excess` and that rounding are then infinite.
     """
-    terms = mdp.transition.terms
+    sums = mdp.transition.sums(value)
     gap = backup - value
     sizes = sizes_of(mdp, regularizer, value, q, backup)
     parts = (jnp.abs(value), sizes.q, sizes.spread, jnp.abs(sizes.collected), gap, -gap)
@@ -156,25 +162,26 @@ def certify(
         *three, most, high, low = largest(*parts)
     else:
         # |E V| <= E|V|: a state whose equation holds to the rounding of |E V| needs no second expectation.
-        least = sizes.rounding(terms, sizes.expectation)
+        least = sizes.rounding(sums, sizes.expectation)
         *three, most, high, low, rough = largest(*parts, jnp.abs(gap) / least)
         unclear = by_state & (rough > rounding.working_precision(mdp.modulus, value.dtype))
-        exact = only_if(unclear, lambda: jnp.max(jnp.abs(gap) / sizes.rounding(terms, sizes.expected())), rough)
+        exact = only_if(unclear, lambda: jnp.max(jnp.abs(gap) / sizes.rounding(sums, sizes.expected())), rough)
 
     low = -low
     noise = largest_rounding(mdp, sizes, discounts.most, *three)
     proven = bracket(discounts, low, high, noise)
     # V* - V is between gap + lower and gap + upper.
     error = jnp.maximum(high + proven.upper, -(low + proven.lower))
-    collected = most + 4 * rounding.underflow(terms, value.dtype)
+    collected = most + 4 * rounding.underflow(sums.terms, value.dtype)
     # Of the problem as it is meant, without an allowance: a bound must not pass for one by the allowance alone.
     horizon = 1 / (1 - mdp.modulus)
     certificate = Certificate(
-        jnp.maximum(high, -low),
-        (error + proven.rounding) * (1 + 8 * rounding.unit_roundoff(value.dtype)),
-        2 * (proven.half_width + proven.rounding) + horizon * rounding.of_policy(regularizer.temperature, value.dtype),
-        noise,
-        collected * horizon,
-        exact,
+        residual=jnp.maximum(high, -low),
+        error_bound=(error + proven.rounding) * (1 + 8 * rounding.unit_roundoff(value.dtype)),
+        suboptimality=2 * (proven.half_width + proven.rounding)
+        + horizon * rounding.of_policy(regularizer.temperature, value.dtype),
+        noise=noise,
+        implied=collected * horizon,
+        excess=exact,
     )
     return certificate, least

@@ -1,23 +1,26 @@
-"""What steps that evaluate a policy share: the policy at Q, its operator, and sweeps of evaluation."""
+"""The part that steps which evaluate a policy share: the policy at Q, its operator, and sweeps of evaluation."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Int
 
-from bilevel_jax.bellman import discounted_operator
-from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import argmax_last, min_max
-from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.transitions import StateOperator
+from bilevel_jax.core.arrays import Count, PerPair, PerState, Scalar
+from bilevel_jax.core.reductions import argmax_last, min_max
+from bilevel_jax.mdp.bellman import discounted_operator
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import Regularizer
+from bilevel_jax.mdp.transitions import StateOperator
 
 
-def improve(regularizer: Regularizer, q: jax.Array) -> jax.Array:
-    """The policy at Q[S, A]: probabilities [S, A], or the chosen action int32[S] where there is no more to it."""
+def improve(regularizer: Regularizer, q: PerPair) -> PerPair | Int[Array, " S"]:
+    """Return the policy at Q[S, A]: probabilities [S, A], or the chosen action int32[S] where the policy is
+    deterministic.
+    """
     return regularizer.policy(q) if regularizer.smooth else argmax_last(q)
 
 
-def policy_operator(mdp: MDP, improved: jax.Array) -> StateOperator:
-    """M = discount P_pi of what `improve` returned."""
+def policy_operator(mdp: MDP, improved: PerPair | Int[Array, " S"]) -> StateOperator:
+    """Return M = discount P_pi for the policy that `improve` returned."""
     if not jnp.issubdtype(improved.dtype, jnp.integer):
         return discounted_operator(mdp, improved)
     discount = jnp.broadcast_to(mdp.discount, mdp.reward.shape)
@@ -25,7 +28,7 @@ def policy_operator(mdp: MDP, improved: jax.Array) -> StateOperator:
     return mdp.transition.select(improved, chosen)
 
 
-def span(values: jax.Array) -> jax.Array:
+def span(values: PerState) -> Scalar:
     """max - min, a scalar."""
     low, high = min_max(values)
     return high - low
@@ -37,13 +40,13 @@ def fold_where_it_pays(mdp: MDP, operator: StateOperator) -> StateOperator:
 
 
 def sweep_policy(
-    operator: StateOperator, total: jax.Array, term: jax.Array, stop: jax.Array, most: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """total + M term + M^2 term + ... until the span of the last is at most `stop`, or `most` products.
+    operator: StateOperator, total: PerState, term: PerState, stop: Scalar, most: Count
+) -> tuple[PerState, PerState, Count]:
+    """Return total + M term + M^2 term + ..., until the span of the last term is at most `stop`, or after `most`
+    products.
 
-    With total = term = T V - V at first. Returns the sum [S], the last term [S] and the number of products:
-    V + sum is what as many sweeps of evaluation make of V, and M times the last term is
-    T_pi (V + sum) - (V + sum).
+    At first, total = term = T V - V. The function returns the sum [S], the last term [S] and the number of products. V
+    + sum is the value after as many sweeps of evaluation, and M times the last term is T_pi (V + sum) - (V + sum).
     """
 
     # The span is taken in the condition, of an array that lies in memory; see `loop.iterate`.

@@ -1,18 +1,20 @@
-"""The one iteration loop; a solver is its step. Stops on a proven bound, on rounding or on max_steps."""
+"""The one iteration loop. A solver is its step. The loop stops on a proven bound, on rounding or on max_iterations."""
 
 import abc
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from bilevel_jax import rounding
-from bilevel_jax.bellman import action_values, sup_norm
-from bilevel_jax.mdp import MDP
-from bilevel_jax.reductions import min_max
-from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.rounds import Found, in_rounds, only_if
+from bilevel_jax.core import rounding
+from bilevel_jax.core.arrays import Count, PerPair, PerState, Scalar
+from bilevel_jax.core.reductions import min_max
+from bilevel_jax.core.rounds import Found, in_rounds, only_if
+from bilevel_jax.core.validation import require_stopping
+from bilevel_jax.mdp.bellman import action_values, sup_norm
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import Regularizer
 from bilevel_jax.solvers.certificate import (
     Bracket,
     Certificate,
@@ -22,66 +24,71 @@ from bilevel_jax.solvers.certificate import (
     excess_below,
     expected_discounts,
 )
-from bilevel_jax.validation import require_stopping
 
 
 class SolveStats(eqx.Module):
-    """How a solve went; scalars, one a batch element.
+    """The report of a solve: one scalar per batch element in every field.
 
-    `steps` counts Bellman sweeps, `products` the products with a policy's transitions between them.
-    `residual` is |T V - V|_inf at the value returned. `error_bound` bounds |value - V*|_inf, rounding
-    included. `suboptimality` bounds max_s V*[s] - V^policy[s], both regularized.
+    `iterations` counts Bellman sweeps, and `products` the products with a policy's transitions between them. `residual`
+    is |T V - V|_inf at the value returned. `error_bound` bounds |value - V*|_inf, rounding included. `suboptimality`
+    bounds max_s V*[s] - V^policy[s], both regularized.
     """
 
-    steps: jax.Array
-    products: jax.Array
-    residual: jax.Array
-    error_bound: jax.Array
-    suboptimality: jax.Array
+    iterations: Int[Array, "*batch"]
+    products: Int[Array, "*batch"]
+    residual: Float[Array, "*batch"]
+    error_bound: Float[Array, "*batch"]
+    suboptimality: Float[Array, "*batch"]
 
 
 class Swept(NamedTuple):
-    """Where a solver stands: V[S], T V [S], and what it kept of Q.
+    """Where a solver stands: V[S], T V [S], and `of_q`, what it stored of Q.
 
-    `half_width` is what the bracket of V* had after this sweep, `needed` what would end the iteration.
+    `half_width` is that of the bracket of V* after this sweep, and `needed` the half width that ends the iteration.
     """
 
-    value: jax.Array
-    backup: jax.Array
-    kept: Any
-    half_width: jax.Array
-    needed: jax.Array
+    value: PerState
+    backup: PerState
+    of_q: Any
+    half_width: Scalar
+    needed: Scalar
 
     @property
-    def gap(self) -> jax.Array:
+    def gap(self) -> PerState:
         """T V - V, [S]."""
         return self.backup - self.value
 
 
 class Solver(eqx.Module):
-    """What `solve` takes: `tolerance` and `max_steps`, and the iteration that they are for.
+    """The argument `solver` of `solve`: an iteration with its `tolerance` and `max_iterations`.
 
-    `tolerance` is a bound on |value - V*|_inf, in units of the reward; None asks for working precision,
-    i.e. to go on until the equation of each state holds to a few roundings of the numbers that it is made of
-    (docs/mathematics.md, "Certificates"). `max_steps` counts Bellman sweeps.
+    `tolerance` is a bound on |value - V*|_inf, in units of the reward. None asks for working precision: the iteration
+    goes on until the equation of each state holds to a few roundings of the numbers that enter it (docs/mathematics.md,
+    "Certificates"). `max_iterations` counts Bellman sweeps.
     """
 
     tolerance: eqx.AbstractVar[Any]
-    max_steps: eqx.AbstractVar[Any]
+    max_iterations: eqx.AbstractVar[Any]
 
     def __check_init__(self):
-        require_stopping(self.tolerance, self.max_steps)
+        require_stopping(self.tolerance, self.max_iterations)
 
     @abc.abstractmethod
     def resolve(self, mdp: MDP) -> "tuple[Stepper, ...]":
-        """The iterations to run on such MDPs, by their structure: each where the one before came to its `max_steps`."""
+        """Return the iterations that solve an MDP with this structure, in the order in which they run.
+
+        The first one starts from the initial value. Each of the others takes over from the last V of the one before,
+        for those problems on which that one came to its `max_iterations`. A solver that is an iteration itself returns
+        only itself.
+        """
 
 
 class Stepper(Solver):
-    """A solver that is an iteration: its step.
+    """A solver that is itself an iteration, defined by its step.
 
-    `batched_on_cpu`: whether vmap on a CPU advances a batch together where it shares its transitions. Else,
-    and for solvers that fold policies into them or solve linear systems, whole solves run one after another.
+    `batched_on_cpu` says whether vmap on a CPU advances a batch together if the batch shares its transitions. Where it
+    is False, whole solves run one after another. It is False for solvers that fold policies into the transitions or
+    solve linear systems.
     """
 
     batched_on_cpu: ClassVar[bool] = False
@@ -92,52 +99,54 @@ class Stepper(Solver):
 
     @property
     def is_centred(self) -> bool:
-        """Whether the result is the middle of the bracket of V*, or else the last T V as it is."""
+        """Return whether the result is the middle of the bracket of V*; otherwise it is the last T V."""
         return True
 
-    def keep(self, mdp: MDP, regularizer: Regularizer, q: jax.Array) -> Any:
-        """What a step needs of Q[S, A]."""
+    def keep(self, mdp: MDP, regularizer: Regularizer, q: PerPair) -> Any:
+        """Return what a step needs of Q[S, A]."""
         del mdp, regularizer, q
 
-    def start(self, mdp: MDP, value: jax.Array) -> Any:
-        """State carried from step to step, at V[S]."""
+    def start(self, mdp: MDP, value: PerState) -> Any:
+        """Return the state that is carried from step to step, at V[S]."""
         del mdp, value
 
     @abc.abstractmethod
-    def step(self, mdp: MDP, swept: Swept, state: Any) -> tuple[jax.Array, Any, jax.Array]:
-        """The next V[S], the next state, and the number of products that were made."""
+    def step(self, mdp: MDP, swept: Swept, state: Any) -> tuple[PerState, Any, Count]:
+        """Return the next V[S], the next state, and the number of products that were made."""
 
 
 class Walk(NamedTuple):
-    """Where an iteration stands: V[S], T V [S], what was kept of Q; the width of the bracket before; its costs."""
+    """Where an iteration stands: V[S], T V [S], what was stored of Q, the width of the bracket before, and its costs so
+    far.
+    """
 
-    value: jax.Array
-    backup: jax.Array
-    kept: Any
-    previous: jax.Array
+    value: PerState
+    backup: PerState
+    of_q: Any
+    previous: Scalar
     state: Any
-    steps: jax.Array
-    products: jax.Array
+    iterations: Count
+    products: Count
 
 
 class Answer(NamedTuple):
-    """V[S], Q[S, A] and T V [S] at it, and what that sweep proves."""
+    """V[S], Q[S, A] and T V [S] at it, and the proof that this sweep gives."""
 
-    value: jax.Array
-    q: jax.Array
-    backup: jax.Array
+    value: PerState
+    q: PerPair
+    backup: PerState
     certificate: Certificate
 
 
 def iterate(
-    solver: Stepper, mdp: MDP, regularizer: Regularizer, value: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array, SolveStats]:
-    """Run `solver` from V[S], or from zeros, on one MDP: V, Q[S, A], the result code and the stats.
+    solver: Stepper, mdp: MDP, regularizer: Regularizer, value: PerState | None
+) -> tuple[PerState, PerPair, Count, SolveStats]:
+    """Run `solver` from V[S], or from zeros, on one MDP; return V, Q[S, A], the result code and the stats.
 
     Steps go on until the bracket of V* is as narrow as was asked, or as rounding allows. One more sweep, at the value
-    to be returned, then proves what it is worth, and Q is read off there. To working precision, a value is accepted
-    if the equation of each state holds to that state's own rounding: the scale of one part of a process says nothing
-    about another. Where it is not, more steps follow (`in_rounds`).
+    that is to be returned, then proves how exact it is and computes Q there. At working precision, a value is accepted
+    if the equation of each state holds to that state's own rounding, because the scale of one part of a process says
+    nothing about another part. Where the value is not accepted, more steps follow (`in_rounds`).
     """
     discounts = expected_discounts(mdp) if solver.is_centred else contraction_only(mdp)
     dtype = mdp.reward.dtype
@@ -148,9 +157,9 @@ def iterate(
     def rounding_of(size):
         """The rounding of a sweep whose numbers are all at most `size`."""
         zero = jnp.zeros_like(size)
-        return rounding.of_sweep(mdp.transition.terms, discounts.most * size, 2 * size, zero)
+        return rounding.of_sweep(mdp.transition.sums(size), discounts.most * size, 2 * size, zero)
 
-    def look(walk: Walk, found: Found):
+    def bracket_at(walk: Walk, found: Found):
         """The bracket that a sweep proves, the largest |T V - V|, and the rounding in it."""
         low, high = min_max(walk.backup - walk.value)
         least, largest = min_max(walk.backup)
@@ -167,24 +176,32 @@ def iterate(
     # What a sweep proves is read off in the condition, where V and T V are arrays that lie in memory: in the body,
     # XLA's CPU would compute the sweep once more for each maximum (docs/performance.md).
     def going(walk: Walk, found: Found):
-        seen, _, _ = look(walk, found)
+        seen, _, _ = bracket_at(walk, found)
         bound = width(seen) + seen.rounding
         return (bound > found.asked) & ~at_rounding(seen, walk.previous) & jnp.isfinite(bound)
 
     def step(walk: Walk, found: Found, unseen) -> Walk:
-        seen, _, _ = look(walk, found)
+        seen, _, _ = bracket_at(walk, found)
         # What a step is asked for must be above rounding: within it, products would go on for ever.
         needed = jnp.maximum(found.asked - seen.rounding, rounding.REACHED * seen.rounding)
         # Unseen steps are for states whose share of the bracket is too small to be seen: no step may be saved on.
         half_width = jnp.where(unseen, jnp.inf, seen.half_width)
-        swept = Swept(walk.value, walk.backup, walk.kept, half_width, needed)
+        swept = Swept(value=walk.value, backup=walk.backup, of_q=walk.of_q, half_width=half_width, needed=needed)
         value, state, used = solver.step(mdp, swept, walk.state)
         q = action_values(mdp, value)
-        kept = solver.keep(mdp, regularizer, q)
-        return Walk(value, regularizer.conjugate(q), kept, width(seen), state, walk.steps + 1, walk.products + used)
+        of_q = solver.keep(mdp, regularizer, q)
+        return Walk(
+            value=value,
+            backup=regularizer.conjugate(q),
+            of_q=of_q,
+            previous=width(seen),
+            state=state,
+            iterations=walk.iterations + 1,
+            products=walk.products + used,
+        )
 
     def find(walk: Walk, found: Found) -> Found:
-        seen, residual, noise = look(walk, found)
+        seen, residual, noise = bracket_at(walk, found)
         limited = at_rounding(seen, walk.previous)
         shift, wide, centred = jnp.zeros_like(residual), seen.reach, jnp.asarray(False)
         if solver.is_centred:
@@ -225,7 +242,15 @@ def iterate(
         finite &= ~boundless | (mdp.modulus < 1)
         # To working precision, rounding of the largest numbers says nothing of the others: bursts that gain nothing do.
         limited = boundless | (limited & (not to_working_precision))
-        return Found(Answer(value, q, backup, proven), accepted, limited, finite, proven.excess, asked, extra)
+        return Found(
+            answer=Answer(value=value, q=q, backup=backup, certificate=proven),
+            accepted=accepted,
+            limited=limited,
+            finite=finite,
+            excess=proven.excess,
+            asked=asked,
+            extra=extra,
+        )
 
     if value is None:  # the first Q is the reward, no product needed
         value = jnp.zeros_like(mdp.reward[:, 0])
@@ -237,12 +262,20 @@ def iterate(
     # No step mends a reward that is not finite, of an action that is never taken, too.
     usable = jnp.all(jnp.isfinite(mdp.reward) if mdp.available is None else jnp.isfinite(mdp.reward) | ~mdp.available)
     backup = regularizer.conjugate(q)
-    walk = Walk(value, backup, solver.keep(mdp, regularizer, q), unknown, solver.start(mdp, value), one, zero)
+    walk = Walk(
+        value=value,
+        backup=backup,
+        of_q=solver.keep(mdp, regularizer, q),
+        previous=unknown,
+        state=solver.start(mdp, value),
+        iterations=one,
+        products=zero,
+    )
     walk, found = in_rounds(
         walk,
-        Answer(value, q, backup, Certificate(*(unknown for _ in Certificate._fields))),
+        Answer(value=value, q=q, backup=backup, certificate=Certificate(*(unknown for _ in Certificate._fields))),
         wanted,
-        jnp.where(usable, jnp.asarray(solver.max_steps, jnp.int32), one),
+        jnp.where(usable, jnp.asarray(solver.max_iterations, jnp.int32), one),
         going=going,
         step=step,
         find=find,
@@ -250,5 +283,11 @@ def iterate(
     )
     answer = found.answer
     proven = answer.certificate
-    stats = SolveStats(walk.steps, walk.products, proven.residual, proven.error_bound, proven.suboptimality)
+    stats = SolveStats(
+        iterations=walk.iterations,
+        products=walk.products,
+        residual=proven.residual,
+        error_bound=proven.error_bound,
+        suboptimality=proven.suboptimality,
+    )
     return answer.value, answer.q, found.result, stats

@@ -1,14 +1,14 @@
-"""Newton-Krylov: soft policy iteration whose policies are evaluated only as well as the step deserves."""
+"""Newton-Krylov: soft policy iteration that evaluates each policy only as exactly as the step needs."""
 
 from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 
-from bilevel_jax.adjoint import GMRES, BiCGStab, linear_solve
+from bilevel_jax.core.validation import require_instance, require_setting
+from bilevel_jax.linear import GMRES, BiCGStab, linear_solve
 from bilevel_jax.solvers.evaluation import improve, policy_operator
 from bilevel_jax.solvers.loop import Stepper
-from bilevel_jax.validation import require_instance, require_setting
 
 # After so many steps that did not narrow the bracket of V*, value iteration takes over until one does.
 PATIENCE = 15
@@ -23,17 +23,23 @@ class NewtonKrylov(Stepper):
 
     Args:
       tolerance: bound on |value - V*|_inf; None asks for working precision.
-      max_steps: sweeps at most, each but the first with one linear solve.
+      max_iterations: sweeps at most, each but the first with one linear solve.
       krylov: GMRES or BiCGStab; its own tolerance is replaced by the forcing term. None is
         `BiCGStab(fall_back=True)`: up to 5,000 states an LU factorization where products gain too little.
       forcing: relative residual of a linear solve.
 
     Raises:
-      InputError: tolerance below 0, max_steps below 1, forcing below 0, or no GMRES or BiCGStab.
+      InputError: tolerance below 0, max_iterations below 1, forcing below 0, or no GMRES or BiCGStab.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> solution = bj.solve(mdp, bj.ShannonEntropy(0.1), solver=bj.NewtonKrylov())
+      >>> bj.check(solution).value.shape
+      (2,)
     """
 
     tolerance: Any = None
-    max_steps: Any = 1000
+    max_iterations: Any = 1000
     krylov: GMRES | BiCGStab | None = None
     forcing: Any = 0.03
 
@@ -57,8 +63,8 @@ class NewtonKrylov(Stepper):
         patient = stale < PATIENCE
         krylov = BiCGStab(fall_back=True) if self.krylov is None else self.krylov
         krylov = eqx.tree_at(lambda k: k.tolerance, krylov, fraction, is_leaf=lambda leaf: leaf is None)
-        operator = policy_operator(mdp, swept.kept)
+        operator = policy_operator(mdp, swept.of_q)
         rhs = jnp.where(patient, swept.gap, 0)
         correction, stats = linear_solve(krylov, operator, mdp.modulus, rhs, share=False)
         value = jnp.where(patient, swept.value + correction, swept.backup)
-        return value, (jnp.minimum(best, swept.half_width), stale), stats.steps
+        return value, (jnp.minimum(best, swept.half_width), stale), stats.products

@@ -1,35 +1,40 @@
 """`solve`: the optimal value, action values and policy of a regularized MDP, differentiable."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int, Real
 
-from bilevel_jax.adjoint import LinearSolver, default_linear_solver, linear_solve, zero_tangents
-from bilevel_jax.batching import one_at_a_time_on_cpu
-from bilevel_jax.bellman import action_values, backup, check_compatible, read_policy
-from bilevel_jax.captures import jit
-from bilevel_jax.mdp import MDP, over_batch
-from bilevel_jax.regularizers import Regularizer
-from bilevel_jax.results import Outcome, Result
+from bilevel_jax.core.batching import over_batch
+from bilevel_jax.core.captures import jit
+from bilevel_jax.core.cpu import one_at_a_time_on_cpu
+from bilevel_jax.core.results import Outcome, Result
+from bilevel_jax.core.validation import as_float, require_computable, require_kind, require_numbers
+from bilevel_jax.linear import LinearSolver, default_linear_solver, linear_solve, zero_tangents
+from bilevel_jax.mdp.bellman import action_values, backup, check_compatible, read_policy
+from bilevel_jax.mdp.process import MDP
+from bilevel_jax.mdp.regularizers import Regularizer
 from bilevel_jax.solvers.auto import Auto
 from bilevel_jax.solvers.evaluation import improve, policy_operator
 from bilevel_jax.solvers.loop import Solver, SolveStats, iterate
-from bilevel_jax.validation import as_float, require_computable, require_kind, require_numbers
 
 
 class Solution(eqx.Module):
-    """The solved MDP; batch axes first, as in the MDP.
+    """The solution of an MDP; batch axes come first, as in the MDP.
 
-    `value` V[S], `q` Q[S, A] and `policy` pi[S, A] belong together: q = r + discount P value and policy
-    = grad Omega*(q). `result` is a `Result` code, `stats` the solver's report; `bj.check(solution)`
-    raises where it did not converge.
+    `value` V[S], `q` Q[S, A] and `policy` pi[S, A] belong together: q = r + discount P value and policy = grad
+    Omega*(q). `result` is a `Result` code and `stats` the solver's report. `bj.check(solution)` raises where the solver
+    did not converge.
     """
 
-    value: jax.Array
-    q: jax.Array
-    policy: jax.Array
-    result: jax.Array
+    value: Float[Array, "*batch S"]
+    q: Float[Array, "*batch S A"]
+    policy: Float[Array, "*batch S A"]
+    result: Int[Array, "*batch"]
     stats: SolveStats
 
     def outcomes(self) -> tuple[Outcome, ...]:
@@ -42,27 +47,35 @@ def solve(
     *,
     solver: Solver | None = None,
     adjoint: LinearSolver | None = None,
-    initial_value: jax.Array | None = None,
+    initial_value: Real[ArrayLike, "*batch S"] | Sequence[Any] | None = None,
 ) -> Solution:
     """Solve V = T V and return value, action values and policy.
 
-    Derivatives of any order and mode, in every floating-point leaf of `mdp` and `regularizer`, come
-    from the implicit function theorem at V*: dV* = (I - discount P_pi)^-1 dT(V*). Their cost does not
-    depend on the number of iterations. Where a derivative's linear solve fails it is NaN, since it
-    has no other way to report; `hypergradient` returns that report.
+    The result has derivatives of any order and mode, in every floating-point leaf of `mdp` and `regularizer`. They come
+    from the implicit function theorem at V*: dV* = (I - discount P_pi)^-1 dT(V*). Their cost does not depend on the
+    number of iterations. Where the linear solve of a derivative fails, the derivative is NaN, because it has no other
+    way to report this; `hypergradient` returns a report.
 
     Args:
-      mdp: the process, with any batch axes (then every field of the result has them).
+      mdp: the process, with any batch axes; every field of the result then has them.
       regularizer: with the same batch axes or shared.
-      solver: None is `Auto()`: to working precision, the method chosen by size and transition.
-      adjoint: linear solver of the derivatives; None chooses by the number of states.
-      initial_value: V[S] to start from; None is zeros. Not differentiated.
+      solver: None is `Auto()`, which solves to working precision and chooses the method by size and transition.
+      adjoint: the linear solver of the derivatives; None chooses by the number of states.
+      initial_value: V[S] to start from; None is zeros. It is not differentiated.
 
     Returns:
       `Solution`.
 
     Raises:
       InputError: shapes that disagree, or an argument of another type.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> solution = bj.check(bj.solve(mdp, bj.ShannonEntropy(0.1)))
+      >>> solution.value.shape, solution.policy.shape
+      ((2,), (2, 2))
+      >>> jax.grad(lambda mdp: bj.solve(mdp, bj.ShannonEntropy(0.1)).value.sum())(mdp).reward.shape
+      (2, 2)
     """
     require_kind("mdp", mdp, MDP)
     require_kind("regularizer", regularizer, Regularizer)
@@ -93,7 +106,7 @@ def _solve_one(mdp, regularizer, initial_value, *, solvers, adjoint):
     start = None if initial_value is None else lax.stop_gradient(initial_value)
     numbers = jax.tree.map(jnp.asarray, (solvers, adjoint))
     value, q, result, stats = _fixed_point(*numbers, mdp, regularizer, start)
-    return Solution(value, q, read_policy(regularizer, q), result, stats)
+    return Solution(value=value, q=q, policy=read_policy(regularizer, q), result=result, stats=stats)
 
 
 @jax.custom_jvp
@@ -114,15 +127,15 @@ def _shares_transitions(solver, mdp, regularizer, start) -> bool:
 
 @one_at_a_time_on_cpu
 def _go_on(solver, mdp, regularizer, made):
-    """`made` where it is done; from its V on where it came to its `max_steps`."""
+    """Return `made` where it is done; elsewhere, where it came to its `max_iterations`, go on from its V."""
     value, _, result, before = made
 
     def unfinished():
         value_after, q, result, after = iterate(solver, mdp, regularizer, value)
-        counts = (before.steps + after.steps, before.products + after.products)
-        return value_after, q, result, eqx.tree_at(lambda s: (s.steps, s.products), after, counts)
+        counts = (before.iterations + after.iterations, before.products + after.products)
+        return value_after, q, result, eqx.tree_at(lambda s: (s.iterations, s.products), after, counts)
 
-    return lax.cond(result == Result.MAX_STEPS, unfinished, lambda: made)
+    return lax.cond(result == Result.MAX_ITERATIONS, unfinished, lambda: made)
 
 
 # With transitions of its own, each element ends at its own time and keeps its numbers in cache; sharing them, a
@@ -144,8 +157,18 @@ def _fixed_point_jvp(primals, tangents):
     return (value, q, *report), (value_dot, q_dot, *zero_tangents(tuple(report)))
 
 
-def read_out(mdp: MDP, regularizer: Regularizer, value: jax.Array, result: jax.Array, stats: SolveStats) -> Solution:
-    """The `Solution` that V[S] implies, as a differentiable function of V and the problem's leaves."""
+def solution_at(
+    mdp: MDP, regularizer: Regularizer, value: Float[Array, "*batch S"], result: Int[Array, "*batch"], stats: SolveStats
+) -> Solution:
+    """Return the `Solution` that V[S] implies, as a differentiable function of V and the problem's leaves.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> solution = bj.solve(mdp, bj.ShannonEntropy(0.1))
+      >>> same = bj.solvers.solution_at(mdp, bj.ShannonEntropy(0.1), solution.value, solution.result, solution.stats)
+      >>> bool(jnp.allclose(same.policy, solution.policy))
+      True
+    """
 
     @over_batch
     def read(mdp, regularizer, value):
@@ -153,4 +176,4 @@ def read_out(mdp: MDP, regularizer: Regularizer, value: jax.Array, result: jax.A
         return q, read_policy(regularizer, q)
 
     q, policy = read(mdp, regularizer, value)
-    return Solution(value, q, policy, result, stats)
+    return Solution(value=value, q=q, policy=policy, result=result, stats=stats)

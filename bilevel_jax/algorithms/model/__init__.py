@@ -1,0 +1,1 @@
+"""Algorithms that know the model, one per file."""

@@ -1,0 +1,140 @@
+"""The part that the algorithms which learn from samples share: an agent, and an estimate under its policy."""
+
+import abc
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, Real
+
+from bilevel_jax.agents import Agent, ExactAgent, SoftQLearning
+from bilevel_jax.algorithms.base import Algorithm, Estimate, Report, State, regularizer_of
+from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
+from bilevel_jax.bilevel import Problem, SampledProblem
+from bilevel_jax.core.errors import RequirementError
+from bilevel_jax.core.results import Result
+from bilevel_jax.environments import Policy, TabularEnvironment
+from bilevel_jax.mdp import KLDivergence, ShannonEntropy
+
+
+class Learned(eqx.Module):
+    """`agent` is the state of the lower level.
+
+    `estimator` is what the hyper-gradient's estimator carries, e.g. a critic.
+    """
+
+    agent: Any
+    estimator: Any
+
+
+class SampledEstimate(eqx.Module):
+    """The result of `estimate_from_samples`: value, gradient, memory and effective sample size."""
+
+    value: Float[Array, ""]
+    gradient: Any
+    memory: Any
+    effective_sample_size: Float[Array, ""]
+
+
+class SampledAlgorithm(Algorithm):
+    """An algorithm with an agent; a subclass says how it estimates the hyper-gradient. Its memory is `Learned`.
+
+    An iteration improves the agent at x, warm-started, estimates the hyper-gradient under its policy and makes one step
+    of the optimizer. Its info reports `effective_sample_size`, which is the number of groups of trajectories unless
+    they are weighted, and `agent`, the numbers of `Agent.report` by name. `tabular` says whether it needs a
+    `TabularEnvironment`.
+    """
+
+    problem: SampledProblem
+    upper: UpperLevel = eqx.field(converter=as_upper_level)
+    agent: Agent
+    tabular: ClassVar[bool] = False
+
+    @classmethod
+    def requires(cls, problem: Any) -> str | None:
+        if not isinstance(problem, SampledProblem):
+            return "has no simulator: environment, reward(x) and loss(key, x, trajectories)"
+        regularizer = regularizer_of(problem)
+        if regularizer is not None and not isinstance(regularizer, ShannonEntropy | KLDivergence):
+            return f"has the regularizer {type(regularizer).__name__}, whose policy has no logarithm everywhere"
+        if cls.tabular and not isinstance(problem.environment, TabularEnvironment):
+            return f"has the simulator {type(problem.environment).__name__}, not a tabular one"
+        return None
+
+    def policy(self, state: State) -> Policy:
+        """The agent's policy at the end of the last iteration."""
+        return self.agent.policy(state.memory.agent, at_iteration(self, state.iteration).problem, state.x)
+
+    def init_agent(self, key: PRNGKeyArray, x: Any) -> Any:
+        """The lower level's state at the start."""
+        return self.agent.init(key, self.problem, x)
+
+    def improve_agent(self, key: PRNGKeyArray, state: State) -> Any:
+        """Return the lower level's state after the agent has improved in this iteration."""
+        return self.agent.improve(key, state.memory.agent, self.problem, state.x)
+
+    def report_agent(self, agent: Any) -> dict[str, Real[Array, ""]]:
+        """Return numbers on how the agent learns, from the state that `improve_agent` returned."""
+        return self.agent.report(agent)
+
+    def init_estimator(self, x: Any) -> Any:
+        """The estimator's memory at the start."""
+        del x
+
+    @abc.abstractmethod
+    def estimate_from_samples(self, key: PRNGKeyArray, state: State) -> SampledEstimate:
+        """Return the hyper-gradient at state.x, where the agent has improved already."""
+
+    @property
+    @abc.abstractmethod
+    def environment_steps(self) -> int:
+        """Return the number of simulator steps of one iteration.
+
+        The work of an agent that solves exactly is not counted.
+        """
+
+    def init_memory(self, key, x):
+        return Learned(self.init_agent(key, x), self.init_estimator(x))
+
+    def estimate(self, key, state):
+        for_agent, for_estimate = jax.random.split(key)
+        agent = self.improve_agent(for_agent, state)
+        improved = State(state.x, Learned(agent, state.memory.estimator), state.optimizer_state, state.iteration)
+        made = self.estimate_from_samples(for_estimate, improved)
+        norm = optax.tree.norm(made.gradient)
+        # An estimate may miss that x is not finite: not every state is visited.
+        finite = jnp.isfinite(norm) & jnp.isfinite(made.value) & jnp.isfinite(optax.tree.norm(state.x))
+        result = jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
+        return Estimate(
+            objective=made.value,
+            gradient=made.gradient,
+            memory=Learned(agent, made.memory),
+            transitions=jnp.asarray(float(self.environment_steps)),
+            reports={
+                "hyper-gradient estimate": Report(result),
+                "effective_sample_size": made.effective_sample_size.astype(made.value.dtype),
+                "agent": self.report_agent(agent),
+            },
+        )
+
+
+def as_agent(problem: Any, agent: Agent | None) -> Agent:
+    """The agent, or by default `ExactAgent()` where the problem has a model, and `SoftQLearning()` elsewhere.
+
+    Raises:
+      RequirementError: an exact agent for a problem without a model.
+    """
+    has_model = isinstance(problem, Problem)
+    if isinstance(agent, ExactAgent) and not has_model:
+        reason = "has no model for an ExactAgent; SoftQLearning learns from samples"
+        raise RequirementError(type(problem).__name__, reason)
+    if agent is None:
+        return ExactAgent() if has_model else SoftQLearning()
+    return agent
+
+
+def batch_steps(problem: SampledProblem, batch: int) -> int:
+    """Return the number of simulator steps in a batch of groups."""
+    return batch * problem.trajectories * problem.horizon

@@ -1,0 +1,146 @@
+"""Result codes that work inside jit and vmap, and `check`, which turns them into errors."""
+
+import enum
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Float, Int
+
+from bilevel_jax.core.errors import ConvergenceError, InputError
+
+
+class Result(enum.IntEnum):
+    """How an iteration ended. It is stored as an int32 array, one entry per batch element.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> solution = bj.solve(mdp, bj.ShannonEntropy(0.1))
+      >>> bj.Result(int(solution.result)).name
+      'CONVERGED'
+    """
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    NOT_FINITE = 2
+    PRECISION_LIMIT = 3
+
+
+MESSAGES = {
+    Result.CONVERGED: "converged",
+    Result.MAX_ITERATIONS: (
+        "the maximum number of iterations was reached before the tolerance; raise max_iterations, loosen the "
+        "tolerance or choose a faster solver"
+    ),
+    Result.NOT_FINITE: (
+        "a value was not finite; look for NaN or infinity in the reward, the transition, the "
+        "discount, the temperature or the upper variable, and for a temperature or a discount out of range"
+    ),
+    Result.PRECISION_LIMIT: (
+        "rounding stopped the iteration before the tolerance, or allows no bound that says anything; loosen the "
+        "tolerance, choose a smaller discount or use float64 "
+        "(jax.config.update('jax_enable_x64', True))"
+    ),
+}
+
+
+class Outcome(NamedTuple):
+    """The report of one iteration: `what` it computed, its result codes, and its proven error bounds (None without
+    any).
+    """
+
+    what: str
+    result: Int[Array, "*batch"]
+    error_bound: Float[Array, "*batch"] | None
+
+
+def finite_outcome(
+    value: Float[Array, "*batch"], gradient: Any, error_bound: Float[Array, "*batch"] | None = None
+) -> Outcome:
+    """Report whether an objective (batch axes first) and its gradient are finite.
+
+    No iteration checks these by itself.
+    """
+    return Outcome("objective or its gradient", _finite(value, gradient), error_bound)
+
+
+@jax.jit
+def _finite(value: Float[Array, "*batch"], gradient: Any) -> Int[Array, "*batch"]:
+    finite = jnp.isfinite(value)
+    for leaf in jax.tree.leaves(gradient):
+        finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(finite.ndim, leaf.ndim)))
+    return jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
+
+
+def where_converged(result: Int[Array, "*batch"], values: Any) -> Any:
+    """Return the values, or NaN where the iteration that computed them did not converge.
+
+    Use it for results that are returned without a report.
+
+    Args:
+      result: result codes, with any batch axes.
+      values: a pytree of floating-point arrays, the batch axes first.
+    """
+    converged = result == Result.CONVERGED
+
+    def marked(leaf: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.where(converged.reshape(converged.shape + (1,) * (leaf.ndim - converged.ndim)), leaf, jnp.nan)
+
+    return jax.tree.map(marked, values)
+
+
+@runtime_checkable
+class Reports(Protocol):
+    """An object that knows the outcomes of the iterations that computed it."""
+
+    def outcomes(self) -> tuple[Outcome, ...]: ...
+
+
+R = TypeVar("R", bound=Reports)
+
+
+def check(report: R) -> R:
+    """Return `report` unchanged if every iteration behind it converged; raise otherwise.
+
+    Args:
+      report: a `Solution`, a `Hypergradient` or an algorithm's `Info`, with concrete values (call it
+        outside jit and vmap). Batched reports are checked element by element.
+
+    Raises:
+      ConvergenceError: names what failed, why, how many batch elements and the largest error bound.
+      InputError: no report, or one of traced values.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> bj.check(bj.solve(mdp, bj.ShannonEntropy(0.1))).value.shape
+      (2,)
+      >>> mdp = bj.problems.make("garnet").mdp(jnp.zeros((8, 3)))
+      >>> one_sweep = bj.solve(mdp, bj.ShannonEntropy(0.5), solver=bj.ValueIteration(max_iterations=1))
+      >>> try:
+      ...     bj.check(one_sweep)
+      ... except bj.ConvergenceError:
+      ...     print("not solved")
+      not solved
+    """
+    if not callable(getattr(report, "outcomes", None)):
+        raise InputError(
+            f"check(report): expected what `solve`, `hypergradient` or an algorithm's step returns, got {report!r:.100}"
+        )
+    for outcome in report.outcomes():
+        if isinstance(outcome.result, Tracer):
+            raise InputError(
+                "check(report): the report holds traced values; call check outside jit and vmap, or "
+                "read report.result inside"
+            )
+        codes = np.atleast_1d(np.asarray(outcome.result))
+        failed = codes != Result.CONVERGED
+        if failed.any():
+            code = Result(int(codes[failed][0]))
+            bound = outcome.error_bound
+            known = "" if bound is None else f", largest error bound {float(np.max(np.asarray(bound))):.3g}"
+            raise ConvergenceError(
+                f"{outcome.what}: {MESSAGES[code]} ({int(failed.sum())} of {codes.size} failed{known})"
+            )
+    return report

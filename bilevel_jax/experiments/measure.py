@@ -1,0 +1,153 @@
+"""The results that runs have reached, evaluated apart from them: exactly where the problem has a model, else by
+samples.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bilevel_jax as bj
+from bilevel_jax.environments import TabularEnvironment, policy_table
+from bilevel_jax.estimators import group_costs, sample_groups
+from bilevel_jax.experiments.program import Inputs, Progress
+
+
+class Final(NamedTuple):
+    """Where runs ended, batch axis first: the objective, its gradient's norm, codes and bounds, of the last x.
+
+    `policy` and `value` are those of the lower level there; None where they are not tabular. `best_x` is the x with the
+    least objective, `best_objective`, that the run saw, the last x included.
+    """
+
+    x: Any
+    objective: np.ndarray
+    gradient_norm: np.ndarray
+    columns: dict[str, np.ndarray]
+    result: np.ndarray
+    policy: np.ndarray | None
+    value: np.ndarray | None
+    best_x: Any
+    best_objective: np.ndarray
+
+
+def evaluated(inputs: Inputs, progress: Progress, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return phi(x) and |grad phi(x)| of each run, on the model; or the mean loss of a batch, and NaN for the norm.
+
+    Curves have no place for result codes: phi is NaN where the lower level did not converge, and the norm is NaN where
+    the adjoint did not converge.
+    """
+    if isinstance(_algorithm(inputs).problem, bj.Problem):
+        varying, shared = inputs.varying.problem, inputs.shared.problem
+        value, norm = _exact(varying, shared, progress.state.x)
+        return np.asarray(value), np.asarray(norm)
+    value = np.asarray(_sampled(inputs.varying, inputs.shared, progress.state, samples))
+    return value, np.full_like(value, np.nan)
+
+
+def final(inputs: Inputs, progress: Progress, samples: int) -> Final:
+    """Where the runs of a chunk ended."""
+    x, best_x = progress.state.x, progress.best_x
+    algorithm = _algorithm(inputs)
+    if not isinstance(algorithm.problem, bj.Problem):
+        objective, norm = evaluated(inputs, progress, samples)
+        # The objectives that an iteration reports are estimates: the least of them is none to choose by.
+        policy = None
+        if isinstance(algorithm.problem.environment, TabularEnvironment):
+            policy = np.asarray(_policies(inputs.varying, inputs.shared, progress.state))
+        codes = np.where(np.isfinite(objective), bj.Result.CONVERGED, bj.Result.NOT_FINITE)
+        return Final(jax.device_get(x), objective, norm, {}, codes, policy, None, jax.device_get(x), objective)
+    varying, shared = inputs.varying.problem, inputs.shared.problem
+    exact = jax.device_get(_solved(varying, shared, x))
+    at_best = np.asarray(_solved(varying, shared, best_x).value)
+    last = np.asarray(exact.value)
+    better = np.isnan(at_best) | (last <= at_best)  # False where the last one diverged
+    chosen = jax.tree.map(
+        lambda new, old: np.where(better.reshape(-1, *[1] * (np.ndim(new) - 1)), new, old), *jax.device_get((x, best_x))
+    )
+    rows = tuple(range(1, exact.solution.result.ndim))
+    stats = {
+        "lower_level_result": np.max(exact.solution.result, rows),
+        "lower_level_error_bound": np.max(exact.solution.stats.error_bound, rows),
+        "adjoint_result": np.max(exact.stats.result, rows),
+        "adjoint_error_bound": np.max(exact.stats.error_bound, rows),
+    }
+    if hasattr(algorithm, "upper"):  # without one, nothing says how x is projected
+        upper = inputs.varying.upper, inputs.shared.upper
+        stats["stationarity"] = np.asarray(_stationarity(*upper, x, exact.gradient))
+    norm = np.asarray(jax.vmap(optax.tree.norm)(exact.gradient))
+    codes = np.maximum(stats["lower_level_result"], stats["adjoint_result"])
+    codes = np.where(np.isfinite(last), codes, np.maximum(codes, bj.Result.NOT_FINITE))
+    solution = exact.solution
+    return Final(
+        x=jax.device_get(x),
+        objective=last,
+        gradient_norm=norm,
+        columns=stats,
+        result=codes,
+        policy=solution.policy,
+        value=solution.value,
+        best_x=chosen,
+        best_objective=np.where(better, last, at_best),
+    )
+
+
+def _algorithm(inputs: Inputs) -> Any:
+    """The algorithm of the first run."""
+    first = jax.tree.map(lambda leaf: leaf[0], inputs.varying)
+    return eqx.combine(first, inputs.shared)
+
+
+# Of the problem alone, without the algorithm: all algorithms on a problem share what is compiled.
+@jax.jit
+def _exact(varying, shared, xs):
+    def one(inputs):
+        own, x = inputs
+        made = bj.hypergradient(eqx.combine(own, shared), x, with_error=False)
+        value = jnp.where(jnp.all(made.solution.result == bj.Result.CONVERGED), made.value, jnp.nan)
+        adjoint = jnp.all(made.stats.result == bj.Result.CONVERGED)
+        return value, jnp.where(adjoint, optax.tree.norm(made.gradient), jnp.nan)
+
+    return jax.lax.map(one, (varying, xs))
+
+
+@jax.jit
+def _solved(varying, shared, xs):
+    def one(inputs):
+        own, x = inputs
+        return bj.hypergradient(eqx.combine(own, shared), x, with_error=False)
+
+    return jax.lax.map(one, (varying, xs))
+
+
+@jax.jit
+def _stationarity(varying, shared, xs, gradients):
+    return jax.vmap(lambda own, x, g: eqx.combine(own, shared).stationarity(x, g))(varying, xs, gradients)
+
+
+@partial(jax.jit, static_argnames="samples")
+def _sampled(varying, shared, states, samples):
+    def one(inputs):
+        own, state = inputs
+        algorithm = eqx.combine(own, shared)
+        problem = algorithm.problem
+        for_groups, for_loss = jax.random.split(jax.random.key(0))
+        groups = sample_groups(for_groups, problem, algorithm.policy(state), samples)
+        costs = group_costs(for_loss, problem, state.x, groups)
+        return jnp.sum(costs.factors[None] * costs.each) / samples
+
+    return jax.lax.map(one, (varying, states))
+
+
+@jax.jit
+def _policies(varying, shared, states):
+    def one(inputs):
+        own, state = inputs
+        algorithm = eqx.combine(own, shared)
+        return policy_table(algorithm.policy(state), algorithm.problem.environment.num_states)
+
+    return jax.lax.map(one, (varying, states))

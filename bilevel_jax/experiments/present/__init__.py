@@ -1,0 +1,1 @@
+"""The files, tables, pictures and pages that an experiment writes."""

@@ -1,1 +1,0 @@
-"""`bilevel-jax compare`: methods on problems over seeds, tuned and drawn."""

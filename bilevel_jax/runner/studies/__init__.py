@@ -1,1 +1,0 @@
-"""Studies: experiments that compare, each with a config, tables and pictures. `bilevel-jax study CONFIG`."""

@@ -1,0 +1,1 @@
+"""Measurements of the library: README.md says which script answers which question."""

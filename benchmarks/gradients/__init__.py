@@ -1,0 +1,1 @@
+"""Hyper-gradients: time, memory, convergence."""

@@ -1,0 +1,1 @@
+"""Against published tables and the code of their authors."""

@@ -1,0 +1,1 @@
+"""Solves and linear systems: time, memory, against other packages."""

@@ -19,10 +19,16 @@ from bilevel_jax.experiments.trainer import CELLS, CHECKPOINTS
 LOCK = ".lock"
 # Keys that change how an experiment is run, and none of its numbers.
 WITHOUT_EFFECT = ("memory_limit_mb", "checkpoint", "modules")
-PICTURES = "*.png"
+# What each command writes: names or patterns.
 FILES = {
-    "run": (RECORD, "metrics.csv", "runs.csv", "summary.json", "final.npz", CELLS, CHECKPOINTS),
-    "compare": (RECORD, "curves.csv", "table.csv", "table.md", "summary.json", "index.html", CELLS, CHECKPOINTS),
+    "run": (
+        *(RECORD, "metrics.csv", "runs.csv", "summary.json", "final.npz", CELLS, CHECKPOINTS),
+        *("learning_curves.png", "incentive.png"),
+    ),
+    "compare": (
+        *(RECORD, "curves.csv", "table.csv", "table.md", "summary.json", "index.html", CELLS, CHECKPOINTS),
+        *("curves-[0-9]*.png", "best-[0-9]*.png"),
+    ),
 }
 
 
@@ -131,10 +137,15 @@ def _holder(text: str) -> str:
         return "another process"
 
 
+def _written(directory: Path, kind: str) -> list[Path]:
+    """What is there of the files that this command writes."""
+    return [path for name in FILES[kind] for path in sorted(directory.glob(name))]
+
+
 def _move_away(directory: Path) -> None:
     """What earlier experiments left, into a directory within."""
-    names = {name for files in FILES.values() for name in files}
-    here = [path for path in directory.iterdir() if path.name in names or path.match(PICTURES)]
+    here = [path for kind in FILES for path in _written(directory, kind)]
+    here = list(dict.fromkeys(here))  # some names are both commands'
     if not here:
         return
     number = 1
@@ -150,12 +161,11 @@ def _require_own(directory: Path, kind: str, values: dict[str, Any], changes: bo
     """Raise InputError where the directory is not this experiment's."""
     before = recorded(directory)
     if before is None:
-        for name in FILES[kind]:
-            if (directory / name).exists():
-                raise InputError(
-                    f"--out {directory}: {name} is there already and would be overwritten; give another directory, or "
-                    f"--fresh, which moves it into {directory / 'before-1'}"
-                )
+        for path in _written(directory, kind):
+            raise InputError(
+                f"--out {directory}: {path.name} is there already and would be overwritten; give another directory, or "
+                f"--fresh, which moves it into {directory / 'before-1'}"
+            )
         return
     if before.get("command") != kind:
         raise InputError(

@@ -420,15 +420,30 @@ def test_nothing_is_removed_before_something_new_is_whole(tmp_path):
     called = command("compare", comparison, "--out", tmp_path)
     assert called.code == 2
     assert "holds what bilevel-jax run wrote" in called.message
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "metrics.csv").write_text("mine")
-    called = run(path, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "name"),
+    [
+        pytest.param("run", RUN, "metrics.csv", marks=pytest.mark.slow),
+        pytest.param("run", RUN, "learning_curves.png", marks=pytest.mark.slow),
+        ("compare", COMPARISON, "best-1.png"),
+        ("compare", COMPARISON, "cells"),
+    ],
+)
+def test_a_users_own_file_is_not_overwritten(tmp_path, kind, config, name):
+    path, out = write(tmp_path, config), tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("mine")
+    (out / "notes.png").write_text("mine, too")  # of a name that no command writes
+    called = command(kind, path, "--out", out)
     assert called.code == 2
-    assert "metrics.csv is there already and would be overwritten" in called.message
-    assert (other / "metrics.csv").read_text() == "mine"
-    assert run(path, other, ["--fresh"]).code == 0
-    assert (other / "before-1" / "metrics.csv").read_text() == "mine"
+    assert f"{name} is there already and would be overwritten" in called.message
+    assert (out / name).read_text() == "mine"
+    if kind == "run":
+        assert run(path, out, ["--fresh"]).code == 0
+        assert (out / "before-1" / name).read_text() == "mine"
+        assert (out / "notes.png").read_text() == "mine, too"
 
 
 def test_signals_are_noticed_and_handlers_come_back():

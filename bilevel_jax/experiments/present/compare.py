@@ -26,8 +26,8 @@ def compare(
     """Run what is not there yet and write tables, curves, pictures and a page into the directory.
 
     Files: resolved.yaml (all defaults filled in), curves.csv, table.csv, table.md, summary.json, index.html,
-    curves-PROBLEM.png, best-PROBLEM.png, and cells/, the finished runs. A comparison that is started again with the
-    same directory goes on where it stopped. With a changed config, only cells that it changes are run.
+    curves-N.png and best-N.png of the N-th problem, and cells/, the finished runs. A comparison that is started again
+    with the same directory goes on where it stopped. With a changed config, only cells that it changes are run.
 
     Args:
       comparison: see `load_comparison`.

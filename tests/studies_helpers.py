@@ -4,7 +4,7 @@ import contextlib
 import io
 from pathlib import Path
 
-from runner_helpers import Called
+from experiment_helpers import Called
 
 from benchmarks.studies.study import Study, main
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runner_helpers import read_rows
+from experiment_helpers import read_rows
 from scipy import optimize, stats
 from studies_helpers import call
 

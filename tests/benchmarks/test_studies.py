@@ -7,7 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import yaml
-from runner_helpers import read_rows
+from experiment_helpers import read_rows
 from studies_helpers import call
 
 import bilevel_jax as bj

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runner_helpers import command, read_rows
+from experiment_helpers import command, read_rows
 
 import bilevel_jax as bj
 from bilevel_jax.algorithms import registry as algorithms

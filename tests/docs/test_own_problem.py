@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runner_helpers import command
+from experiment_helpers import command
 from scipy.optimize import minimize_scalar
 
 import bilevel_jax as bj

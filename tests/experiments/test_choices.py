@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runner_helpers import command, read_rows, write
+from experiment_helpers import command, read_rows, write
 
 import bilevel_jax as bj
 from bilevel_jax.core.options import choices as discrete
@@ -26,6 +26,8 @@ from bilevel_jax.experiments.interruption import Stop
 from bilevel_jax.experiments.trainer import Trainer
 from bilevel_jax.problems import names, registry
 
+pytestmark = pytest.mark.usefixtures("as_from_the_shell")
+
 GARNET = "problem: {name: garnet, states: 4, actions: 2, branching: 2, discount: 0.6, horizon: 10}\niterations: 2\n"
 # Options that have no default.
 GIVEN = {
@@ -38,14 +40,6 @@ GIVEN = {
     "by_visits": "schedule: polynomial",
     "box": "lower: -1.0, upper: 1.0",
 }
-
-
-@pytest.fixture(autouse=True)
-def _as_from_the_shell():
-    before = jax.config.values["jax_numpy_dtype_promotion"]
-    jax.config.update("jax_numpy_dtype_promotion", "standard")  # optax's Adam needs it
-    yield
-    jax.config.update("jax_numpy_dtype_promotion", before)
 
 
 def section(name):

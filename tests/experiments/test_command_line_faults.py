@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from runner_helpers import command, run, write
+from experiment_helpers import command, run, write
 
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.experiments.comparison import load_comparison

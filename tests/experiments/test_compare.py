@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from runner_helpers import command, read_rows, write
+from experiment_helpers import command, read_rows, write
 
 import bilevel_jax as bj
 from bilevel_jax.algorithms.cost import factorization_sweeps

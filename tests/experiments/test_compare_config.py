@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runner_helpers import command, write
+from experiment_helpers import command, write
 
 import bilevel_jax as bj
 from bilevel_jax.algorithms import registry

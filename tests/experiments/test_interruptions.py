@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from runner_helpers import command, read_rows, run, write
+from experiment_helpers import command, read_rows, run, write
 
 from bilevel_jax.algorithms import registry
 from bilevel_jax.experiments import measure, trainer
@@ -21,6 +21,8 @@ from bilevel_jax.experiments.checkpoints import Checkpoints, read_arrays, write_
 from bilevel_jax.experiments.chunks import _bytes
 from bilevel_jax.experiments.config import load
 from bilevel_jax.experiments.interruption import InterruptionError, noticed
+
+pytestmark = pytest.mark.usefixtures("as_from_the_shell")
 
 # M-SoBiRL as published: what it carries matters. Two seeds of a problem, four runs.
 RUN = """\
@@ -46,17 +48,6 @@ points: 6
 checkpoint: {points: 1}
 """
 TIMED = ("seconds", "compile_seconds")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap():
-    settings = {"jax_numpy_dtype_promotion": "standard"}
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 def found(directory: Path) -> dict:

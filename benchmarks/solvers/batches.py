@@ -371,7 +371,7 @@ def measure(
 
 
 def table(cells: dict[str, Any]) -> str:
-    """Markdown: a row a contender."""
+    """Markdown: one row per contender."""
     lines = [
         "| batch | contender | problems a second | relative error | of the bare product |",
         "|---|---|---|---|---|",

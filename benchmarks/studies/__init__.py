@@ -1,1 +1,1 @@
-"""Studies of methods from samples: each a question, its tables and a picture; ../README.md lists them."""
+"""Studies of algorithms from samples: each a question, its tables and a picture; ../README.md lists them."""

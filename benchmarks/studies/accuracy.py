@@ -52,7 +52,7 @@ class AccuracyOptions:
 
 
 def run(options: AccuracyOptions, directory: Path, report: Callable[[str], None]) -> None:
-    """Write accuracy.csv (a row a problem and estimator) and variance.csv (a row an estimator and batch)."""
+    """Write accuracy.csv (one row per problem and estimator) and variance.csv (one row per estimator and batch)."""
     cases = [
         (f"garnet {seed}", "garnet", {"discount": options.discount, "horizon": options.horizon, "seed": seed})
         for seed in range(options.mdps)

@@ -38,7 +38,7 @@ class AgentsOptions:
 
 
 def run(options: AgentsOptions, directory: Path, report: Callable[[str], None]) -> None:
-    """Write agents.csv, a row an agent, start, number of steps and seed."""
+    """Write agents.csv, one row per agent, start, number of steps and seed."""
     problem = make_problem(options.problem)
     each = max(1, options.steps // 64)
     features = jnp.eye(problem.environment.num_states)

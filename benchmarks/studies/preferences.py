@@ -60,7 +60,7 @@ class PreferencesOptions:
 
 
 def run(options: PreferencesOptions, directory: Path, report: Callable[[str], None]) -> None:
-    """Write preferences.csv (a row a run, source and number of labels) and preferences_table.csv (means of the runs).
+    """Write preferences.csv (one row per run, source and label count) and preferences_table.csv (means over runs).
 
     The source "true_reward" is the limit of a perfect fit: the teacher's reward times its rationality.
     """
@@ -188,7 +188,7 @@ def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(directory: Path) -> None:
-    """preferences.png: a panel a measure, a curve a source, with a band of one standard error."""
+    """preferences.png: one panel per measure, one curve per source, with a band of one standard error."""
     rows = read_rows(directory / "preferences_table.csv")
 
     def column(source: str, name: str) -> np.ndarray:

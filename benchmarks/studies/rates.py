@@ -45,7 +45,7 @@ class RatesOptions:
 
 
 def run(options: RatesOptions, directory: Path, report: Callable[[str], None]) -> None:
-    """Write rates.csv (a row a run) and slopes.csv (a row a method: slope and 95% interval)."""
+    """Write rates.csv (one row per run) and slopes.csv (one row per algorithm: slope and 95% interval)."""
     problem = make_problem(options.problem)
     rows = []
     for count in options.iterations:
@@ -68,7 +68,7 @@ def run(options: RatesOptions, directory: Path, report: Callable[[str], None]) -
     write_rows(directory / "slopes.csv", slopes)
     for row in slopes:
         interval = f"[{row['low']:.2f}, {row['high']:.2f}]"
-        report(f"{row['method']}: slope {row['slope']:.2f} {interval}, proved {row['proved']:.2f}")
+        report(f"{row['algorithm']}: slope {row['slope']:.2f} {interval}, proved {row['proved']:.2f}")
 
 
 def _rows(name: str, algorithm: SampledAlgorithm, count: int, seeds: int) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def _rows(name: str, algorithm: SampledAlgorithm, count: int, seeds: int) -> lis
     values = [float(squares(algorithm, key)) for key in keys]
     samples = count * algorithm.environment_steps
     return [
-        {"method": name, "iterations": count, "samples": samples, "seed": seed, "mean_squared_gradient": value}
+        {"algorithm": name, "iterations": count, "samples": samples, "seed": seed, "mean_squared_gradient": value}
         for seed, value in enumerate(values)
     ]
 
@@ -99,7 +99,7 @@ def _against(name: str) -> str:
 
 def _slope(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Least squares through the means over seeds, in logarithms; the interval by resampling the seeds."""
-    own = [row for row in rows if row["method"] == name]
+    own = [row for row in rows if row["algorithm"] == name]
     sizes = sorted({row[_against(name)] for row in own})
     values = np.array([[row["mean_squared_gradient"] for row in own if row[_against(name)] == s] for s in sizes])
 
@@ -111,7 +111,7 @@ def _slope(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     resampled = [fit(values[:, rng.integers(count, size=count)]) for _ in range(2000)]
     low, high = np.quantile(resampled, [0.025, 0.975])
     return {
-        "method": name,
+        "algorithm": name,
         "against": _against(name),
         "slope": fit(values),
         "low": float(low),
@@ -126,11 +126,11 @@ def plot(directory: Path) -> None:
         {**row, "mean_squared_gradient": float(row["mean_squared_gradient"])}
         for row in read_rows(directory / "rates.csv")
     ]
-    slopes = {row["method"]: row for row in read_rows(directory / "slopes.csv")}
+    slopes = {row["algorithm"]: row for row in read_rows(directory / "slopes.csv")}
 
     def panel(name: str, title: str) -> Callable[[Any], None]:
         def paint(axes: Any) -> None:
-            own = [row for row in rows if row["method"] == name]
+            own = [row for row in rows if row["algorithm"] == name]
             sizes = np.array([float(row[_against(name)]) for row in own])
             values = np.array([row["mean_squared_gradient"] for row in own])
             axes.loglog(sizes, values, ".", alpha=0.4)

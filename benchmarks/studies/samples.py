@@ -1,4 +1,4 @@
-"""Samples to quality: what each sampled method reaches with how many steps of the simulator."""
+"""Samples to quality: what each sampled algorithm reaches with how many steps of the simulator."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from benchmarks.studies.runs import curves
 from benchmarks.studies.study import Study, main, make_problem
 from bilevel_jax.core.errors import InputError
 
-METHODS = ("sobirl", "sobirl_rollouts", "stoc_sobirl", "hpgd", "bc_hg", "zero_order", "naive")
+ALGORITHMS = ("sobirl", "sobirl_rollouts", "stoc_sobirl", "hpgd", "bc_hg", "zero_order", "naive")
 LABELS = {
     "sobirl": "SoBiRL, learned model",
     "sobirl_rollouts": "SoBiRL, rollouts",
@@ -31,15 +31,15 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class SamplesOptions:
-    """Exact objective against steps of the simulator, for all sampled methods on one problem.
+    """Exact objective against steps of the simulator, for all sampled algorithms on one problem.
 
-    Each method runs with every learning rate of the grid and every seed; at each budget it is judged by
+    Each algorithm runs with every learning rate of the grid and every seed; at each budget it is judged by
     its best learning rate there. All but stoc_sobirl, whose lower level is sampled and counted, answer
     with the exact optimal policy, as the published experiments do.
 
     problem: name and options.
-    methods: which.
-    learning_rates: of Adam, the grid that each method is tuned over.
+    algorithms: which.
+    learning_rates: of Adam, the grid that each algorithm is tuned over.
     seeds: runs for each learning rate.
     budget: steps of the simulator of a run.
     points: budgets, evenly spaced in their logarithm, at which the objective is evaluated.
@@ -48,7 +48,7 @@ class SamplesOptions:
     """
 
     problem: dict[str, Any]
-    methods: tuple[str, ...] = METHODS
+    algorithms: tuple[str, ...] = ALGORITHMS
     learning_rates: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     seeds: int = 10
     budget: int = 1_000_000
@@ -58,18 +58,18 @@ class SamplesOptions:
 
 
 def run(options: SamplesOptions, directory: Path, report: Callable[[str], None]) -> None:
-    """Write samples.csv (a row a run and budget) and samples_table.csv (a row a method and budget)."""
-    unknown = [name for name in options.methods if name not in METHODS]
+    """Write samples.csv (one row per run and budget) and samples_table.csv (one row per algorithm and budget)."""
+    unknown = [name for name in options.algorithms if name not in ALGORITHMS]
     if unknown:
-        raise InputError(f"methods: no method {unknown[0]!r}; valid: {', '.join(METHODS)}")
+        raise InputError(f"algorithms: no algorithm {unknown[0]!r}; valid: {', '.join(ALGORITHMS)}")
     problem = make_problem(options.problem)
     budgets = np.geomspace(options.first, options.budget, options.points).astype(int)
     rows = []
-    for name in options.methods:
-        for rate, seed, budget, steps, value in _run_method(name, problem, options, budgets):
+    for name in options.algorithms:
+        for rate, seed, budget, steps, value in _run_algorithm(name, problem, options, budgets):
             rows.append(
                 {
-                    "method": name,
+                    "algorithm": name,
                     "learning_rate": rate,
                     "seed": seed,
                     "budget": budget,
@@ -77,13 +77,13 @@ def run(options: SamplesOptions, directory: Path, report: Callable[[str], None])
                     "objective": value,
                 }
             )
-        best = [row for row in _table(rows) if row["method"] == name][-1]
+        best = [row for row in _table(rows) if row["algorithm"] == name][-1]
         report(f"{name}: {best['mean']:.4f} +- {best['standard_error']:.4f} (Adam {best['learning_rate']:g})")
     write_rows(directory / "samples.csv", rows)
     write_rows(directory / "samples_table.csv", _table(rows))
 
 
-def _run_method(
+def _run_algorithm(
     name: str, problem: Any, options: SamplesOptions, budgets: np.ndarray
 ) -> Iterator[tuple[float, int, int, int, float]]:
     optimizer = optax.inject_hyperparams(optax.adam)(float(options.learning_rates[0]))
@@ -97,7 +97,7 @@ def _run_method(
 
 
 def build(name: str, problem: Any, optimizer: optax.GradientTransformation, options: SamplesOptions) -> Any:
-    """The algorithm that a name of METHODS stands for."""
+    """The algorithm that a name of ALGORITHMS stands for."""
     batch = options.batch
     shared: dict[str, Any] = {"batch": batch, "agent": bj.agents.ExactAgent()}
     match name:
@@ -142,13 +142,13 @@ def _baseline(problem: Any) -> Any:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard error over the seeds at each method's best learning rate for each budget."""
+    """Mean and standard error over the seeds at each algorithm's best learning rate for each budget."""
     groups: dict[tuple[str, int], dict[float, list[float]]] = {}
     for row in rows:
-        rates = groups.setdefault((row["method"], int(row["budget"])), {})
+        rates = groups.setdefault((row["algorithm"], int(row["budget"])), {})
         rates.setdefault(float(row["learning_rate"]), []).append(float(row["objective"]))
     table = []
-    for (method, budget), rates in groups.items():
+    for (algorithm, budget), rates in groups.items():
         # A run that diverged is worse than any other, not missing.
         means = {rate: float(np.mean(values)) for rate, values in rates.items() if np.all(np.isfinite(values))}
         if not means:
@@ -157,7 +157,7 @@ def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         values = np.asarray(rates[best])
         table.append(
             {
-                "method": method,
+                "algorithm": algorithm,
                 "budget": budget,
                 "learning_rate": best,
                 "mean": means[best],
@@ -169,15 +169,15 @@ def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(directory: Path) -> None:
-    """samples.png: a curve a method, with a band of one standard error."""
+    """samples.png: one curve per algorithm, with a band of one standard error."""
     rows = read_rows(directory / "samples_table.csv")
 
     def curves(axes: Any) -> None:
-        for method in dict.fromkeys(row["method"] for row in rows):
-            own = [row for row in rows if row["method"] == method]
+        for algorithm in dict.fromkeys(row["algorithm"] for row in rows):
+            own = [row for row in rows if row["algorithm"] == algorithm]
             steps = np.array([float(row["budget"]) for row in own])
             mean, error = (np.array([float(row[k]) for row in own]) for k in ("mean", "standard_error"))
-            (line,) = axes.plot(steps, mean, label=LABELS[method], linewidth=1.6)
+            (line,) = axes.plot(steps, mean, label=LABELS[algorithm], linewidth=1.6)
             axes.fill_between(steps, mean - error, mean + error, color=line.get_color(), alpha=0.18, linewidth=0)
         axes.set_xscale("log")
         axes.set_xlabel("steps of the simulator")

@@ -44,7 +44,7 @@ class TruncationOptions:
 
 
 def run(options: TruncationOptions, directory: Path, report: Callable[[str], None]) -> None:
-    """Write truncation.csv and one_step.csv: a bias relative to |gradient| with its standard error, a row a case."""
+    """Write truncation.csv and one_step.csv: per case the bias divided by |gradient|, and its standard error."""
     rows = []
     for seed in range(options.mdps):
         problem = bj.problems.make("garnet", discount=options.discount, horizon=60, seed=seed)

@@ -93,7 +93,7 @@ def test_upper_critic_by_hand(kind):
 
 @pytest.mark.slow
 def test_upper_critic_is_the_objectives_derivative():
-    """At rest, averaged: U = df/dpi / (discounted visits) up to a number a state, by autodiff; a product of losses."""
+    """At rest, averaged: U = df/dpi / (discounted visits) up to one number per state, by autodiff."""
     problem, x = garnet(PairGarnet), 0.5 * jax.random.normal(KEY, (5, 2))
     algorithm = attenuating_actor_critic(problem, SGD, cost_step_size=1.0, agent=AGENT, batch=50_000)
     duals = jnp.zeros((2, 5, 2))

@@ -87,7 +87,7 @@ def test_options_are_read_as_what_they_are():
         ("rates", "--problem garnet", "argument --problem: expected KEY=VALUE, got 'garnet'"),
         ("rates", "--problem name=garnets", "name: no problem 'garnets', did you mean 'garnet'?"),
         ("samples", "--problem name=garnet discount=1.0", "discount must be at least 0 and below 1"),
-        ("samples", "--methods hpdg", "methods: no method 'hpdg'"),
+        ("samples", "--algorithms hpdg", "algorithms: no algorithm 'hpdg'"),
     ],
 )
 def test_bad_options(tmp_path, name, words, message):
@@ -127,13 +127,13 @@ def test_samples(tmp_path):
     with jax.numpy_dtype_promotion("standard"):  # optax.adam needs it
         out, _ = study(tmp_path, "samples", SAMPLES)
     rows = read_rows(out / "samples.csv")
-    assert len(rows) == len(samples.METHODS) * 2 * 2 * 2
+    assert len(rows) == len(samples.ALGORITHMS) * 2 * 2 * 2
     assert all(int(row["steps"]) <= int(row["budget"]) for row in rows)
     table = read_rows(out / "samples_table.csv")
-    assert {row["method"] for row in table} == set(samples.METHODS)
+    assert {row["algorithm"] for row in table} == set(samples.ALGORITHMS)
     # The table by hand: the best mean over the seeds.
     for row in table:
-        own = [r for r in rows if r["method"] == row["method"] and r["budget"] == row["budget"]]
+        own = [r for r in rows if r["algorithm"] == row["algorithm"] and r["budget"] == row["budget"]]
         means = {
             rate: np.mean([float(r["objective"]) for r in own if r["learning_rate"] == rate])
             for rate in {r["learning_rate"] for r in own}
@@ -141,7 +141,7 @@ def test_samples(tmp_path):
         assert float(row["mean"]) == pytest.approx(min(means.values()), rel=1e-4)
         assert float(row["mean"]) == pytest.approx(means[row["learning_rate"]], rel=1e-4)
     # All start at the same places, and what uses the implicit term improves.
-    last = {row["method"]: float(row["mean"]) for row in table if row["budget"] == "60000"}
+    last = {row["algorithm"]: float(row["mean"]) for row in table if row["budget"] == "60000"}
     assert last["sobirl"] < last["naive"] - 0.5
     assert last["hpgd"] < last["naive"] - 0.5
     assert_picture(out / "samples.png")
@@ -159,7 +159,7 @@ def test_rates(tmp_path):
     )
     rows = read_rows(out / "rates.csv")
     assert len(rows) == 2 * 2 + 2 * 2
-    slopes = {row["method"]: row for row in read_rows(out / "slopes.csv")}
+    slopes = {row["algorithm"]: row for row in read_rows(out / "slopes.csv")}
     for name in ("stoc_sobirl", "sobirl"):
         assert float(slopes[name]["low"]) <= float(slopes[name]["slope"]) <= float(slopes[name]["high"]) < 0
         assert f"{name}: slope" in called.out
@@ -169,7 +169,7 @@ def test_rates(tmp_path):
 def test_slope_of_a_known_power():
     sizes = [10, 100, 1000]
     rows = [
-        {"method": "sobirl", "iterations": size, "samples": size, "seed": s, "mean_squared_gradient": (1 + s) / size}
+        {"algorithm": "sobirl", "iterations": size, "samples": size, "seed": s, "mean_squared_gradient": (1 + s) / size}
         for size in sizes
         for s in range(4)
     ]

@@ -68,7 +68,7 @@ class Unrolled(Method):
         # The last sweep alone, for what a solver says of it.
         before = sweep(*frozen, start, jnp.zeros_like(start), count=max(last, 1) - 1)
         report = solve(*frozen, solver=ValueIteration(max_iterations=1, centred=False), initial_value=before)
-        report = eqx.tree_at(lambda s: s.stats.products, report, report.stats.products + self.sweeps - 1)
+        report = eqx.tree_at(lambda s: s.stats.iterations, report, report.stats.iterations + self.sweeps - 1)
 
         def read(mdp, regularizer, value):
             return solution_at(mdp, regularizer, value, report.result, report.stats)

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import inspect
 import re
 import typing
 from collections.abc import Sequence
@@ -67,8 +68,8 @@ def meanings(kind: type) -> dict[str, str]:
     """What a docstring says of each field in lines "NAME: meaning." or "NAME, NAME: meaning.", and in those after."""
     found: dict[str, str] = {}
     names: list[str] = []
-    for line in (kind.__doc__ or "").splitlines():
-        head = re.match(r"\s+(\w+(?:, \w+)*): (.+)", line)
+    for line in (inspect.getdoc(kind) or "").splitlines():  # the indentation that __doc__ has depends on the Python
+        head = re.match(r"(\w+(?:, \w+)*): (.+)", line)
         if head:
             names = head[1].split(", ")
             found |= dict.fromkeys(names, head[2])

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import gc
 import mmap
+import sys
 import types
 import weakref
 from dataclasses import dataclass
@@ -208,6 +209,39 @@ def importing_a_name(x):
     return x * RATE
 
 
+def importing_and_renaming(x):
+    import test_captures as renamed
+
+    rate = renamed.RATE
+    return x * rate
+
+
+def importing_two(x):
+    import math
+
+    import test_captures
+
+    return x * math.sqrt(4.0) * test_captures.RATE
+
+
+def importing_from_a_package(x):
+    from imported_package import prices
+
+    return x * prices.RATE
+
+
+def importing_a_package(x):
+    import imported_package.prices
+
+    return x * imported_package.prices.RATE
+
+
+def importing_deep(x):
+    import imported_package.inner.costs as costs
+
+    return x * costs.RATE
+
+
 def nested_function(x):
     return (lambda y: y * [RATE for _ in range(2)][1])(x)
 
@@ -249,7 +283,7 @@ EDITS = {
     "an array, in place": (lambda x: x * TABLE[0], in_place(TABLE, 7.0)),
     "a large array, in place": (lambda x: x + LARGE.sum(), in_place(LARGE, 7.0)),
     "a transposed array, in place": (lambda x, t=LARGE.T: x + t.sum(), in_place(LARGE, 7.0)),
-    "an array's shape": (lambda x: x * SHAPED.shape[0], lambda: setattr(SHAPED, "shape", (2, 3))),
+    "an array's shape": (lambda x: x * SHAPED.shape[0], lambda: SHAPED.resize((2, 3), refcheck=False)),
     "a view": (lambda x, view=TABLE[:2]: x * view[0], in_place(TABLE, 7.0)),
     "a JAX array": (lambda x: x * WEIGHT, lambda: set_global("WEIGHT", WEIGHT + 1)()),
     "an attribute of a module": (lambda x: x * CONFIG.rates.low, lambda: setattr(CONFIG.rates, "low", 9.0)),
@@ -283,6 +317,11 @@ EDITS = {
     "a vmapped function's": (lambda x: jax.vmap(helper)(x[None])[0], set_global("RATE", 8.0)),
     "an import's": (importing, lambda: set_imported(8.0)),
     "an imported name": (importing_a_name, lambda: set_imported(8.0)),
+    "a renamed import's": (importing_and_renaming, lambda: set_imported(8.0)),
+    "one of two imports'": (importing_two, lambda: set_imported(8.0)),
+    "an import's from a package": (importing_from_a_package, lambda: setattr(PRICES, "RATE", 8.0)),
+    "a package's": (importing_a_package, lambda: setattr(PRICES, "RATE", 8.0)),
+    "an import's from deep in a package": (importing_deep, lambda: setattr(COSTS, "RATE", 8.0)),
     "a bound method's object": (MODEL.pay, lambda: setattr(MODEL, "price", 9.0)),
     "a bound method's property": (MODEL.pay, set_global("RATE", 8.0)),
     "a class's number": (MODEL.pay, lambda: setattr(Model, "scale", 9.0)),
@@ -333,11 +372,17 @@ def set_imported(value):
     test_captures.RATE = value
 
 
+PRICES, COSTS = (types.ModuleType(f"imported_package.{name}") for name in ("prices", "inner.costs"))
+PACKAGE, INNER = types.ModuleType("imported_package"), types.ModuleType("imported_package.inner")
+PACKAGE.prices, PACKAGE.inner, INNER.costs, PRICES.RATE, COSTS.RATE = PRICES, INNER, COSTS, 1.0, 1.0
+sys.modules |= {module.__name__: module for module in (PACKAGE, INNER, PRICES, COSTS)}
+
+
 @pytest.fixture(autouse=True)
 def _put_back():
     """Edits of this module and of what it holds are undone."""
     names = dict(globals())
-    state = [(o, dict(vars(o))) for o in (CONFIG, CONFIG.rates, SETTINGS, MODEL)]
+    state = [(o, dict(vars(o))) for o in (CONFIG, CONFIG.rates, SETTINGS, MODEL, PRICES, COSTS)]
     arrays = [(a, a.copy()) for a in (TABLE, LARGE, SHAPED, SETTINGS.arrays["a"])]
     code, scale, pay = helper.__code__, Model.scale, Model.pay
     for thing in (DERIVED_NUMBER, *DERIVED.values()):
@@ -352,7 +397,8 @@ def _put_back():
     for thing, before in state:
         vars(thing).update(before)
     for numbers, before in arrays:
-        numbers.shape = before.shape
+        if numbers.shape != before.shape:
+            numbers.resize(before.shape, refcheck=False)
         numbers[...] = before
     IN_SET.rate, Rates.scale, Pair.sum, NUMBERS[0], BYTES[0], SHARED["a"] = 2.0, 2.0, PAIR_SUM, 1.0, 1, 1.0
     NESTED["prices"][:] = [1.0, (2.0, {"deep": 3.0})]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 from pathlib import Path
 
@@ -48,7 +49,8 @@ class TestEveryProblem:
         assert len(spec.summary) > 20
         for field in dataclasses.fields(spec.options):
             assert field.default is not dataclasses.MISSING, field.name
-            assert re.search(rf"^ +(\w+, )*{field.name}(, \w+)*: ", spec.options.__doc__, re.MULTILINE), field.name
+            described = rf"^(\w+, )*{field.name}(, \w+)*: "
+            assert re.search(described, inspect.getdoc(spec.options), re.MULTILINE), field.name
 
     @pytest.mark.slow
     def test_keeps_the_protocol(self, name):

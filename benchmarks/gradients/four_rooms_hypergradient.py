@@ -2,7 +2,7 @@
 
 python -m benchmarks.gradients.four_rooms_hypergradient
 
-Two contexts, float64, Bellman residual 1e-8. `cold` starts from V = 0; `warm` is the mean iteration of
+Two contexts, float64, V to 0.99e-6 (the bound proved). `cold` starts from V = 0; `warm` is the mean iteration of
 a loop (exact M-SoBiRL, Adam 0.05) inside one program; `batch` is a vmapped call over 32 upper
 variables against 32 single calls.
 """

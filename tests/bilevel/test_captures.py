@@ -22,11 +22,16 @@ import pytest
 import bilevel_jax as bj
 from bilevel_jax.core.captures import jit
 
+WHOLE = 1
 RATE, TABLE, LARGE = 1.0, np.arange(3.0), np.zeros((100, 100))
 CONFIG = types.ModuleType("config")
 CONFIG.rates = types.SimpleNamespace(low=2.0, unread=0.0)
 NESTED = {"prices": [1.0, (2.0, {"deep": 3.0})]}
 WEIGHT = jnp.asarray(2.0)
+PRICES, COSTS = (types.ModuleType(f"imported_package.{name}") for name in ("prices", "inner.costs"))
+PACKAGE, INNER = types.ModuleType("imported_package"), types.ModuleType("imported_package.inner")
+PACKAGE.prices, PACKAGE.inner, INNER.costs, PRICES.RATE, COSTS.RATE = PRICES, INNER, COSTS, 1.0, 1.0
+sys.modules |= {module.__name__: module for module in (PACKAGE, INNER, PRICES, COSTS)}
 
 
 @dataclass
@@ -242,6 +247,44 @@ def importing_deep(x):
     return x * costs.RATE
 
 
+def importing_either(x):
+    try:
+        import test_captures as tried
+    except ImportError:
+        import math as tried
+    return x * tried.RATE
+
+
+def importing_or_not(x, other=False):
+    import math as either
+
+    if not other:
+        import test_captures as either
+    return (lambda: x * either.RATE)()
+
+
+def counting_within(x):
+    def once():
+        WHOLE = 1
+        return (lambda: WHOLE)()
+
+    return x * once() * WHOLE
+
+
+def with_many_names(number, line="import test_captures", rate="test_captures.RATE"):
+    """A function whose later instructions need an extended argument."""
+    sums = "\n".join(f"    a{i} = 0.0 * RATE_{i}" for i in range(number))
+    names = {f"RATE_{i}": 1.0 for i in range(number)} | {"test_captures": sys.modules[__name__]}
+    exec(f"def many(x):\n{sums}\n    {line}\n    return x * {rate}", names)
+    return names["many"]
+
+
+def in_a_package(line, rate):
+    names = {"__package__": "imported_package.inner", "__name__": "imported_package.inner.mine"}
+    exec(f"def inside(x):\n    {line}\n    return x * {rate}", names)
+    return names["inside"]
+
+
 def nested_function(x):
     return (lambda y: y * [RATE for _ in range(2)][1])(x)
 
@@ -320,6 +363,28 @@ EDITS = {
     "a renamed import's": (importing_and_renaming, lambda: set_imported(8.0)),
     "one of two imports'": (importing_two, lambda: set_imported(8.0)),
     "an import's from a package": (importing_from_a_package, lambda: setattr(PRICES, "RATE", 8.0)),
+    "an import's that is tried": (importing_either, lambda: set_imported(8.0)),
+    "one of two imports' of a name": (importing_or_not, lambda: set_imported(8.0)),
+    "a number named like a local one": (counting_within, set_global("WHOLE", 8)),
+    **{
+        f"{what} among {number} names": (with_many_names(number, *lines), lambda: set_imported(8.0))
+        for number in (130, 300)
+        for what, lines in {
+            "an import's": (),
+            "a renamed import's": ("import test_captures as renamed", "renamed.RATE"),
+            "an imported name": ("from test_captures import RATE as rate", "rate"),
+            "a global's": ("pass", "test_captures.RATE"),
+        }.items()
+    },
+    **{
+        f"a relative import's, {line}": (in_a_package(line, rate), lambda: setattr(COSTS, "RATE", 8.0))
+        for line, rate in {
+            "from . import costs": "costs.RATE",
+            "from .costs import RATE as rate": "rate",
+            "from ..inner import costs": "costs.RATE",
+            "from .. import inner": "inner.costs.RATE",
+        }.items()
+    },
     "a package's": (importing_a_package, lambda: setattr(PRICES, "RATE", 8.0)),
     "an import's from deep in a package": (importing_deep, lambda: setattr(COSTS, "RATE", 8.0)),
     "a bound method's object": (MODEL.pay, lambda: setattr(MODEL, "price", 9.0)),
@@ -370,12 +435,6 @@ def set_imported(value):
     import test_captures
 
     test_captures.RATE = value
-
-
-PRICES, COSTS = (types.ModuleType(f"imported_package.{name}") for name in ("prices", "inner.costs"))
-PACKAGE, INNER = types.ModuleType("imported_package"), types.ModuleType("imported_package.inner")
-PACKAGE.prices, PACKAGE.inner, INNER.costs, PRICES.RATE, COSTS.RATE = PRICES, INNER, COSTS, 1.0, 1.0
-sys.modules |= {module.__name__: module for module in (PACKAGE, INNER, PRICES, COSTS)}
 
 
 @pytest.fixture(autouse=True)

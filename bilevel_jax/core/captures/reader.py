@@ -3,6 +3,7 @@
 import contextvars
 import functools
 import hashlib
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -192,11 +193,12 @@ class Reading:
                 value = holder.cell_contents
             else:
                 holder = function.__globals__ if kind == "global" else sys.modules
+                key = name = _absolute(name, function) if kind == "import" else name
                 if name not in holder:
                     self.absent.append((holder, name))
                     continue
                 value = holder[name]
-            if type(value) is int and name in names.assigned:  # a counter of its own
+            if type(value) is int and (kind, name) in names.assigned:  # a counter of its own
                 continue
             if isinstance(value, CONTAINERS) and attributes and attributes[0] in WRITERS:
                 continue
@@ -396,6 +398,14 @@ def _slots(cls: type) -> tuple[str, ...]:
         for name in names
         if name not in ("__dict__", "__weakref__")
     )
+
+
+def _absolute(module: str, function: types.FunctionType) -> str:
+    """The name of a module that a function imports, whose own package relative imports start from."""
+    try:
+        return importlib.util.resolve_name(module, function.__globals__.get("__package__"))
+    except ImportError:  # above the package, or in none: the import fails, too
+        return module
 
 
 def _is_filled(cell: types.CellType) -> bool:

@@ -1,5 +1,6 @@
 """Files that survive an interruption: they are written under another name first, and checked when they are read."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -8,7 +9,8 @@ import time
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,25 @@ DAMAGED = (
 )
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside this one to write to. It takes the place of the file if nothing is raised, and is removed else."""
+    part = path.with_name(f"{path.name}.part{os.getpid()}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(directory: Path, names: Iterable[str]) -> None:
+    """Remove what processes that were killed left of files of these names or patterns, which they were replacing."""
+    parts = [path for path in directory.glob("*.part*") if path.suffix.removeprefix(".part").isdecimal()]
+    for path in parts:
+        if path.is_file() and not path.is_symlink() and any(fnmatchcase(path.stem, name) for name in names):
+            path.unlink(missing_ok=True)
+
+
 def write_arrays(path: Path, arrays: dict[str, Any], described: dict[str, Any] | None = None) -> None:
     """Write arrays by name, and a description, so that a file of this name is whole or is not there.
 
@@ -40,16 +61,11 @@ def write_arrays(path: Path, arrays: dict[str, Any], described: dict[str, Any] |
       described: values that JSON can write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
     note = {} if described is None else {"described": np.asarray(json.dumps(described))}
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **arrays, **note)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez(file, **arrays, **note)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | None:

@@ -2,21 +2,24 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import socket
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from bilevel_jax.core.errors import InputError
+from bilevel_jax.experiments.checkpoints import SUFFIX, remove_parts, replacing
 from bilevel_jax.experiments.config import RECORD
 from bilevel_jax.experiments.trainer import CELLS, CHECKPOINTS
 
-LOCK = ".lock"
+LOCK = ".bilevel-jax.lock"
 # Keys that change how an experiment is run, and none of its numbers.
 WITHOUT_EFFECT = ("memory_limit_mb", "checkpoint", "modules")
 # What each command writes: names or patterns.
@@ -57,9 +60,9 @@ def claimed(
             if fresh:
                 _move_away(directory)
             _require_own(directory, kind, values, changes)
-            for place in (directory, directory / CELLS, directory / CHECKPOINTS):
-                for part in place.glob("*.part[0-9]*"):  # of a process that was killed while it wrote
-                    part.unlink(missing_ok=True)
+            remove_parts(directory, [name for name in FILES[kind] if name not in (CELLS, CHECKPOINTS)])
+            for place in (CELLS, CHECKPOINTS):
+                remove_parts(directory / place, [f"*{SUFFIX}"])
             write_text(directory / RECORD, yaml.safe_dump({"command": kind, **values}, sort_keys=False))
             yield directory
     except OSError as error:
@@ -75,21 +78,17 @@ def claimed(
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it has either the new content or its old content."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    try:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8", newline="")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def recorded(directory: Path) -> dict[str, Any] | None:
-    """The record of the directory's experiment, or None."""
+    """The record of the directory's experiment; None where there is none, or a file that is none."""
     try:
         found = yaml.safe_load((directory / RECORD).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError):
         return None
-    return found if isinstance(found, dict) else None
+    return found if isinstance(found, dict) and found.get("command") in list(FILES) else None
 
 
 def _new(name: str) -> Path:
@@ -111,11 +110,12 @@ def _locked(directory: Path) -> Iterator[None]:
     except ImportError:  # on Windows
         yield
         return
-    with (directory / LOCK).open("a+", encoding="utf-8") as file:
+    # A link is not followed: what it leads to is not ours to write to.
+    handle = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    with os.fdopen(handle, "r+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
             holder = _holder(file.read())
             raise InputError(
                 f"--out {directory}: {holder} writes into it now; wait for it, or give another directory"
@@ -138,20 +138,22 @@ def _holder(text: str) -> str:
 
 
 def _written(directory: Path, kind: str) -> list[Path]:
-    """What is there of the files that this command writes."""
-    return [path for name in FILES[kind] for path in sorted(directory.glob(name))]
+    """What is there of the files that this command writes, links that lead nowhere among them."""
+    return sorted(path for path in directory.iterdir() if any(fnmatchcase(path.name, name) for name in FILES[kind]))
+
+
+def _next_before(directory: Path) -> Path:
+    """The directory that --fresh moves earlier experiments to."""
+    taken = {path.name for path in directory.iterdir()}
+    return directory / next(name for name in map("before-{}".format, itertools.count(1)) if name not in taken)
 
 
 def _move_away(directory: Path) -> None:
     """What earlier experiments left, into a directory within."""
-    here = [path for kind in FILES for path in _written(directory, kind)]
-    here = list(dict.fromkeys(here))  # some names are both commands'
+    here = {path for kind in FILES for path in _written(directory, kind)}
     if not here:
         return
-    number = 1
-    while (directory / f"before-{number}").exists():
-        number += 1
-    away = directory / f"before-{number}"
+    away = _next_before(directory)
     away.mkdir()
     for path in here:
         path.rename(away / path.name)
@@ -164,7 +166,7 @@ def _require_own(directory: Path, kind: str, values: dict[str, Any], changes: bo
         for path in _written(directory, kind):
             raise InputError(
                 f"--out {directory}: {path.name} is there already and would be overwritten; give another directory, or "
-                f"--fresh, which moves it into {directory / 'before-1'}"
+                f"--fresh, which moves it into {_next_before(directory)}"
             )
         return
     if before.get("command") != kind:

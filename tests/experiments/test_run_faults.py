@@ -21,7 +21,9 @@ from experiment_helpers import (
     write,
 )
 
+import bilevel_jax as bj
 from bilevel_jax.experiments import trainer
+from bilevel_jax.experiments.directory import LOCK, claimed
 from bilevel_jax.experiments.program import Program
 
 pytestmark = pytest.mark.usefixtures("as_from_the_shell")
@@ -183,4 +185,47 @@ EXACT = ("metrics.csv", "runs.csv", "final.npz", "resolved.yaml", "learning_curv
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and path.name != ".lock"}
+    return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and path.name != LOCK}
+
+
+@pytest.mark.parametrize(
+    "name", ["archive.part1.rar", "data.part1", "metrics.csv.part", "checkpoints/my.part9.txt", "cells.part2"]
+)
+def test_only_own_parts_are_removed(name, tmp_path):
+    with claimed(tmp_path, "n", "run", {"a": 1}):
+        pass
+    for path in (tmp_path / name, tmp_path / "checkpoints" / "x-1.npz.part77", tmp_path / "metrics.csv.part77"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    (tmp_path / "x.part2").mkdir()
+    with claimed(tmp_path, "n", "run", {"a": 1}):
+        assert (tmp_path / name).read_text() == "mine"
+        assert not (tmp_path / "metrics.csv.part77").exists()
+        assert not (tmp_path / "checkpoints" / "x-1.npz.part77").exists()
+
+
+def test_what_a_link_leads_to_is_not_written_to(tmp_path):
+    (tmp_path / "kept").write_text("precious")
+    (tmp_path / LOCK).symlink_to(tmp_path / "kept")
+    with pytest.raises(bj.InputError, match="cannot be written"), claimed(tmp_path, "n", "run", {"a": 1}):
+        pass
+    assert (tmp_path / "kept").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["resolved.yaml", "metrics.csv", "cells", "incentive.png"])
+def test_links_that_lead_nowhere_are_files_of_the_user(name, tmp_path):
+    (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(bj.InputError, match="is there already"), claimed(tmp_path, "n", "run", {"a": 1}):
+        pass
+    (tmp_path / "before-1").symlink_to(tmp_path / "nowhere")
+    with claimed(tmp_path, "n", "run", {"a": 1}, fresh=True):
+        assert (tmp_path / "before-2" / name).is_symlink()
+
+
+@pytest.mark.parametrize("text", ["[" * 3000, "a: 1", "command: walk", "- run", ""])
+def test_a_record_that_is_none_is_a_file_of_the_user(text, tmp_path):
+    (tmp_path / "resolved.yaml").write_text(text)
+    with pytest.raises(bj.InputError, match=r"resolved.yaml is there already.*before-1"):  # noqa: SIM117
+        with claimed(tmp_path, "n", "run", {"a": 1}):
+            pass
+    assert (tmp_path / "resolved.yaml").read_text() == text

@@ -32,7 +32,7 @@ from experiment_helpers import (
 
 import bilevel_jax as bj
 from bilevel_jax.experiments.config import load
-from bilevel_jax.experiments.directory import claimed
+from bilevel_jax.experiments.directory import LOCK, claimed
 
 pytestmark = pytest.mark.usefixtures("as_from_the_shell")
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("as_from_the_shell")
 @pytest.mark.slow
 def test_directory(rooms, synthetic):
     for done in (rooms, synthetic):
-        assert sorted(path.name for path in done.directory.iterdir() if path.name != ".lock") == FILES
+        assert sorted(path.name for path in done.directory.iterdir() if path.name != LOCK) == FILES
 
 
 @pytest.mark.slow

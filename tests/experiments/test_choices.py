@@ -123,7 +123,7 @@ def test_two_classes_of_one_name_are_refused(tmp_path):
     )
 
 
-@pytest.mark.often(22)
+@pytest.mark.often(14)
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "text"), list(cases()))
 def test_everything_runs(kind, text, tmp_path):

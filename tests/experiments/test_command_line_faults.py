@@ -1,5 +1,6 @@
 """What people do to a command line: messages instead of tracebacks, numbers as they are meant."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -168,16 +169,33 @@ def test_run_without_arguments(capsys):
     assert "config" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_pictures_that_cannot_be_written_lose_nothing(tmp_path):
+def test_a_directory_where_a_picture_belongs_is_refused_before_anything_runs(tmp_path):
     path, out = write(tmp_path, SMALL), tmp_path / "out"
     (out / "learning_curves.png").mkdir(parents=True)
     called = run(path, out)
     assert called.code == 2
+    assert "learning_curves.png" in called.message
+    assert "--fresh" in called.message
+    assert {found.name for found in out.iterdir()} == {"learning_curves.png", ".bilevel-jax.lock"}
+
+
+@pytest.mark.slow
+def test_pictures_that_cannot_be_written_lose_nothing(tmp_path, monkeypatch):
+    path, out = write(tmp_path, SMALL), tmp_path / "out"
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("matplotlib.figure.Figure.savefig", full)
+        called = run(path, out)
+    assert called.code == 2
     assert "the results are complete, and bilevel-jax plot" in called.message
+    assert "No space left" in called.message
     assert (out / "summary.json").exists()
-    (out / "learning_curves.png").rmdir()
+    assert not (out / "learning_curves.png").exists()
     assert command("plot", out).code == 0
+    assert (out / "learning_curves.png").exists()
 
 
 @pytest.mark.slow

@@ -112,10 +112,12 @@ def run_processes(script, path, count):
 
 # The fast tests see to the cause: no batched LAPACK call is made (test_batching.py).
 @pytest.mark.slow
-def test_vmapped_hypergradients_over_contexts(inputs):
-    assert not run_processes(HYPERGRADIENTS, inputs / "hypergradients.npz", 30)
+@pytest.mark.parametrize("processes", [10, pytest.param(30, marks=pytest.mark.nightly)])
+def test_vmapped_hypergradients_over_contexts(processes, inputs):
+    assert not run_processes(HYPERGRADIENTS, inputs / "hypergradients.npz", processes)
 
 
 @pytest.mark.slow
-def test_independent_vmapped_solves(inputs):
-    assert not run_processes(INDEPENDENT, inputs / "independent.npz", 12)
+@pytest.mark.parametrize("processes", [6, pytest.param(12, marks=pytest.mark.nightly)])
+def test_independent_vmapped_solves(processes, inputs):
+    assert not run_processes(INDEPENDENT, inputs / "independent.npz", processes)

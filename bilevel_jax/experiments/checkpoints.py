@@ -14,8 +14,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 SUFFIX = ".npz"
@@ -77,33 +75,6 @@ def read_arrays(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]] | No
     except DAMAGED:
         return None
     return arrays, described
-
-
-def as_arrays(tree: Any, prefix: str) -> dict[str, np.ndarray]:
-    """Return the leaves of a pytree, named by their place; random keys as their data."""
-    leaves = jax.tree.leaves(tree)
-    return {f"{prefix}{i}": np.asarray(jax.random.key_data(x) if _is_key(x) else x) for i, x in enumerate(leaves)}
-
-
-def as_tree(arrays: dict[str, np.ndarray], prefix: str, like: Any) -> Any:
-    """The pytree of `as_arrays`, of the structure and types of `like`; None where they do not fit."""
-    leaves, structure = jax.tree.flatten(like)
-    made = []
-    for i, leaf in enumerate(leaves):
-        array = arrays.get(f"{prefix}{i}")
-        if array is None:
-            return None
-        if _is_key(leaf):
-            made.append(jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf)))
-            continue
-        if array.shape != leaf.shape or array.dtype != leaf.dtype:
-            return None
-        made.append(jnp.asarray(array))
-    return jax.tree.unflatten(structure, made)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(getattr(leaf, "dtype", np.float64), jax.dtypes.prng_key)
 
 
 @dataclasses.dataclass

@@ -15,16 +15,10 @@ import jax
 import numpy as np
 
 from bilevel_jax.core.errors import InputError, RequirementError
+from bilevel_jax.core.saving import as_arrays, as_tree
 from bilevel_jax.experiments import measure
 from bilevel_jax.experiments.cells import Cell, Target
-from bilevel_jax.experiments.checkpoints import (
-    SUFFIX,
-    Checkpoints,
-    as_arrays,
-    as_tree,
-    read_arrays,
-    write_arrays,
-)
+from bilevel_jax.experiments.checkpoints import SUFFIX, Checkpoints, read_arrays, write_arrays
 from bilevel_jax.experiments.chunks import Cut
 from bilevel_jax.experiments.interruption import Stop
 from bilevel_jax.experiments.outcome import CURVES, Outcome, Point, outcome_of, stacked, unstacked

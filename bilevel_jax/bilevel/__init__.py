@@ -1,6 +1,7 @@
 """The two kinds of bilevel problem: `Problem`, whose model is known, and `SampledProblem`, which has a simulator."""
 
 from bilevel_jax.bilevel.problem import BilevelProblem, Problem, as_upper_variable, lower_level, require_problem
+from bilevel_jax.bilevel.reparameterized import reparameterized
 from bilevel_jax.bilevel.sampled_problem import SampledBilevelProblem, SampledProblem
 from bilevel_jax.bilevel.temperature import at_temperature
 
@@ -12,5 +13,6 @@ __all__ = [
     "as_upper_variable",
     "at_temperature",
     "lower_level",
+    "reparameterized",
     "require_problem",
 ]

@@ -63,6 +63,13 @@ class SampledProblem(eqx.Module):
         label).
         """
 
+    def environment_reward_weight(self) -> Scalar | None:
+        """The weight with which the lower level earns the rewards that the environment emits, beside `reward(x)`.
+
+        None, the default: it earns `reward(x)` alone. Agents with networks take a weight, those with tables refuse it.
+        """
+        return None
+
     @property
     def action_space(self) -> Space:
         """The action space of the environment: `Discrete(A)`, or a `Box` of continuous actions."""
@@ -163,6 +170,15 @@ def require_entropy(regularizer: Regularizer) -> Regularizer:
             f"{type(regularizer).__name__}; solve it exactly with bilevel_jax.hypergradient"
         )
     return regularizer
+
+
+def require_no_environment_reward(problem: SampledProblem, what: str) -> None:
+    """Raise InputError if the lower level earns rewards that the environment emits, which `what` does not know."""
+    if problem.environment_reward_weight() is not None:
+        raise InputError(
+            f"problem: {what} learns from reward(x) alone, but {type(problem).__name__} has an "
+            f"environment_reward_weight; use an agent with a network, e.g. SoftPQN()"
+        )
 
 
 def require_tabular(problem: SampledProblem, what: str) -> TabularEnvironment:

@@ -4,16 +4,13 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
+from jaxtyping import Array, ArrayLike, Real
 
 from bilevel_jax.bilevel.problem import Problem
 from bilevel_jax.bilevel.sampled_problem import SampledProblem
-from bilevel_jax.core.arrays import Scalar
+from bilevel_jax.bilevel.wrapper import WrappedModel, WrappedSimulator, Wrapper, kinds
 from bilevel_jax.core.errors import InputError
-from bilevel_jax.environments import Environment, Trajectory
-from bilevel_jax.mdp.process import MDP
 from bilevel_jax.mdp.regularizers import Regularizer
-from bilevel_jax.solvers import Solution
 
 P = TypeVar("P", Problem, SampledProblem)
 
@@ -33,13 +30,12 @@ def at_temperature(problem: P, factor: Real[ArrayLike, ""] | Any) -> P:
       >>> float(hot.regularizer(x).temperature)
       0.5
     """
-    both = isinstance(problem, Problem) and isinstance(problem, SampledProblem)
-    kind: Any = _Both if both else _WithModel if isinstance(problem, Problem) else _WithSimulator
+    model, simulator = kinds(problem)
+    kind: Any = _Both if model and simulator else _Model if model else _Simulator
     return kind(problem, jnp.asarray(factor))
 
 
-class _Heated(eqx.Module):
-    problem: Any
+class _Heated(Wrapper):
     factor: Real[Array, ""]
 
     def regularizer(self, x: Any) -> Regularizer:
@@ -50,41 +46,13 @@ class _Heated(eqx.Module):
         return eqx.tree_at(lambda r: r.temperature, regularizer, own * jnp.asarray(self.factor, own.dtype))
 
 
-class _WithModel(_Heated, Problem):
-    def mdp(self, x: Any) -> MDP:
-        return self.problem.mdp(x)
-
-    def objective(self, x: Any, solution: Solution) -> Scalar:
-        return self.problem.objective(x, solution)
+class _Model(_Heated, WrappedModel):
+    pass
 
 
-class _WithSimulator(_Heated, SampledProblem):
-    @property
-    def environment(self) -> Environment:
-        return self.problem.environment
-
-    @property
-    def discount(self) -> Scalar:
-        return self.problem.discount
-
-    @property
-    def loss_discount(self) -> Scalar:
-        return self.problem.loss_discount
-
-    @property
-    def horizon(self) -> int:
-        return self.problem.horizon
-
-    @property
-    def trajectories(self) -> int:
-        return self.problem.trajectories
-
-    def reward(self, x: Any) -> Any:
-        return self.problem.reward(x)
-
-    def loss(self, key: PRNGKeyArray, x: Any, trajectories: Trajectory) -> Scalar | Float[Array, " H"]:
-        return self.problem.loss(key, x, trajectories)
+class _Simulator(_Heated, WrappedSimulator):
+    pass
 
 
-class _Both(_WithModel, _WithSimulator):
+class _Both(_Model, _Simulator):
     pass

@@ -45,6 +45,11 @@ class ActionFunction(eqx.Module):
     def all(self, observation: Any) -> Float[Array, " A"]:
         """The numbers of all actions, [A]. Raises InputError where actions are no finite set."""
 
+    def of_step(self, observation: Any, action: Any, next_observation: Any) -> Scalar:
+        """The number of a step that was made, []. A reward of the next state overrides it."""
+        del next_observation
+        return self(observation, action)
+
 
 class Table(ActionFunction):
     """values[S, A], looked up by the index of a state.

@@ -18,7 +18,9 @@ def reward_returns(problem: SampledProblem, x: Any, trajectories: Trajectory) ->
     Steps that are not valid count 0.
     """
     reward = problem.reward(x)
-    taken = jax.vmap(jax.vmap(reward))(trajectories.observation, trajectories.action)
+    taken = jax.vmap(jax.vmap(reward.of_step))(
+        trajectories.observation, trajectories.action, trajectories.next_observation
+    )
     taken = jnp.where(trajectories.valid, taken, 0)
     return returns(taken, problem.discount.astype(taken.dtype))
 

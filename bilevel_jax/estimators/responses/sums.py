@@ -29,7 +29,7 @@ def centred_weights(
 def sampled_returns(problem: SampledProblem, x: Any, sampled: Trajectory) -> Float[Array, " B"]:
     """The discounted sum of r_x along trajectories [B, H], differentiable in x."""
     reward = problem.reward(x)
-    taken = jax.vmap(jax.vmap(reward))(sampled.observation, sampled.action)
+    taken = jax.vmap(jax.vmap(reward.of_step))(sampled.observation, sampled.action, sampled.next_observation)
     # A simulator that resets itself goes on after the end: not with what this process earned.
     ended = jnp.cumsum((sampled.terminated | sampled.truncated).astype(jnp.int32), 1)
     before = jnp.pad(ended, ((0, 0), (1, 0)))[:, :-1] > 0

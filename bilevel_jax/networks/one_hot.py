@@ -1,0 +1,37 @@
+"""Networks on the states of a table."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from bilevel_jax.core.sizes import size
+from bilevel_jax.networks.mlp import MLP
+from bilevel_jax.networks.protocol import Network
+
+
+class OneHot(Network):
+    """A network on one-hot vectors of observations that are the states 0 to S - 1.
+
+    Args:
+      states: S (static).
+      network: what the vectors go into. The default is a linear function that begins with zeros: a table.
+
+    Raises:
+      InputError: states below 1.
+
+    Example:
+      >>> network = bj.networks.OneHot(8)
+      >>> params = network.init(jax.random.key(0), jnp.asarray(0), 3)
+      >>> network.apply(params, jnp.asarray(5)).tolist()
+      [0.0, 0.0, 0.0]
+    """
+
+    states: int = eqx.field(static=True, converter=size("states"))
+    network: Network = MLP(depth=0, output_scale=0.0)
+
+    def init(self, key, observation, outputs):
+        del observation
+        return self.network.init(key, jnp.zeros(self.states), outputs)
+
+    def apply(self, params, observation):
+        return self.network.apply(params, jax.nn.one_hot(observation, self.states))

@@ -1,6 +1,7 @@
 """Simulators as pure functions, any `MDP` as one, policies, and batches of trajectories."""
 
 from bilevel_jax.environments.collect import collect
+from bilevel_jax.environments.evaluation import Evaluation, Greedy, evaluate
 from bilevel_jax.environments.gymnax import GymnaxEnvironment
 from bilevel_jax.environments.policies import (
     Categorical,
@@ -26,6 +27,8 @@ __all__ = [
     "Discrete",
     "Distribution",
     "Environment",
+    "Evaluation",
+    "Greedy",
     "GymnaxEnvironment",
     "Policy",
     "PolicyFunction",
@@ -39,6 +42,7 @@ __all__ = [
     "as_policy",
     "as_space",
     "collect",
+    "evaluate",
     "flatten_contexts",
     "policy_table",
     "random_segments",

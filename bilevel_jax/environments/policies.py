@@ -40,6 +40,14 @@ class Distribution(eqx.Module):
         """The probability of an action, or its density, []."""
         return jnp.exp(self.log_prob(action))
 
+    def mode(self) -> Action:
+        """The most probable action, or another one that stands for the distribution (see `Greedy`).
+
+        Raises:
+          InputError: the class does not say which.
+        """
+        raise InputError(f"policy: {type(self).__name__} has no mode(); write the method, or do without")
+
 
 class Categorical(Distribution):
     """The actions 0 to A - 1 with `probabilities` [A], which sum to 1.
@@ -77,6 +85,9 @@ class Categorical(Distribution):
 
     def probability(self, action) -> Float[Array, "*batch"]:
         return self.probabilities[action]
+
+    def mode(self) -> Int32[Array, ""]:
+        return jnp.argmax(self.probabilities, -1).astype(jnp.int32)
 
 
 class Policy(eqx.Module):

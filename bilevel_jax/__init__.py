@@ -1,10 +1,21 @@
 """Differentiable regularized Markov decision processes and bilevel reinforcement learning in JAX."""
 
-from bilevel_jax import agents, algorithms, environments, estimators, interchange, preferences, problems, replay
+from bilevel_jax import (
+    agents,
+    algorithms,
+    environments,
+    estimators,
+    interchange,
+    networks,
+    preferences,
+    problems,
+    replay,
+)
 from bilevel_jax.bilevel import BilevelProblem, Problem, SampledBilevelProblem, SampledProblem
 from bilevel_jax.core.errors import ConvergenceError, InputError
 from bilevel_jax.core.functions import ActionFunction, Linear, PerAction, Table
 from bilevel_jax.core.results import MESSAGES, Result, check
+from bilevel_jax.core.saving import load, save
 from bilevel_jax.criteria.average_reward import (
     AverageRewardSolution,
     AverageRewardSolver,
@@ -138,12 +149,15 @@ __all__ = [
     "hessian_vector_product",
     "hypergradient",
     "interchange",
+    "load",
+    "networks",
     "occupancy",
     "policy_value",
     "preferences",
     "problems",
     "regularized_policy_value",
     "replay",
+    "save",
     "solve",
     "solve_average_reward",
     "solve_finite_horizon",

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bilevel_jax.agents.protocol import Agent
-from bilevel_jax.bilevel import Problem, lower_level
+from bilevel_jax.bilevel import Problem, SampledProblem, lower_level
+from bilevel_jax.bilevel.sampled_problem import require_no_environment_reward
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.results import where_converged
 from bilevel_jax.environments import TabularPolicy
@@ -53,6 +54,8 @@ class ExactAgent(Agent):
                 f"problem: ExactAgent needs the model, but {type(problem).__name__} has no mdp(x) and objective; "
                 f"use an agent that learns from samples, e.g. SoftQLearning()"
             )
+        if isinstance(problem, SampledProblem):
+            require_no_environment_reward(problem, "ExactAgent")
         reward = problem.mdp(x).reward
         uniform = jnp.full_like(reward, 1 / reward.shape[-1])
         return ExactState(jnp.zeros_like(reward[..., 0]), _table(uniform), jnp.full((), jnp.inf, reward.dtype))

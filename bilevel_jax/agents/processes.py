@@ -1,4 +1,4 @@
-"""The part that tabular agents share: the simulator that they learn from, and how they choose actions."""
+"""The part that agents share: the simulator that they learn from, and how they choose actions."""
 
 from typing import Any
 

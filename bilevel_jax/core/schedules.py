@@ -55,6 +55,39 @@ class Polynomial(Schedule):
         return self.initial * (1 + count.astype(self.scale.dtype) / self.scale) ** -self.power
 
 
+class LinearDecay(Schedule):
+    """A number that falls, or grows, along a line: `initial` at count 0, `final` from `count` on.
+
+    Args:
+      initial, final: above 0.
+      count: above 0.
+
+    Raises:
+      InputError: a number out of its range (where it is known).
+
+    Example:
+      >>> learning_rate = bj.agents.LinearDecay(1.0, 0.2, 100)
+      >>> round(float(learning_rate(jnp.array(50))), 3), round(float(learning_rate(jnp.array(500))), 3)
+      (0.6, 0.2)
+    """
+
+    initial: Float[Array, "*batch"]
+    final: Float[Array, "*batch"]
+    count: Float[Array, "*batch"]
+
+    def __init__(self, initial: Any = 1e-3, final: Any = 5e-5, count: Any = 1000):
+        self.initial = as_float("initial", initial, float)
+        self.final = as_float("final", final, float)
+        self.count = as_float("count", count, float)
+        require_positive("initial", self.initial, "learning rates of networks are usually 1e-4 to 1e-2")
+        require_positive("final", self.final, "give a small number, e.g. a twentieth of the initial one")
+        require_positive("count", self.count, "it is the number of updates until the final one")
+
+    def __call__(self, count: Real[Array, ""]) -> Float[Array, "*batch"]:
+        part = jnp.minimum(count.astype(self.count.dtype) / self.count, 1)
+        return self.initial + part * (self.final - self.initial)
+
+
 class ByVisits(Schedule):
     """`schedule` as a function of how often the corrected pair was visited before, instead of the number of steps made.
 

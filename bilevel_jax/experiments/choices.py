@@ -29,14 +29,15 @@ KINDS: dict[str, type] = {
     "response": bj.estimators.Response,
     "baseline": bj.estimators.Baseline,
     "agent": bj.agents.Agent,
+    "network": bj.networks.Network,
     "schedule": Schedule,
 }
 """Sections that are classes, by what they are called."""
 
 # Arguments that are several numbers and have no name of their own.
 GROUPS: tuple[type, ...] = (bj.algorithms.Reuse,)
-NAMESPACES = (bj, solvers, linear, bj.estimators, bj.agents, bj.algorithms)
-SPELLING = {"BiCGStab": "bicgstab"}
+NAMESPACES = (bj, solvers, linear, bj.estimators, bj.agents, bj.algorithms, bj.networks)
+SPELLING = {"BiCGStab": "bicgstab", "NatureCNN": "nature_cnn", "RewardCNN": "reward_cnn"}
 OPTIMIZERS = (
     "adabelief", "adadelta", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan", "amsgrad", "fromage", "lamb",
     "lars", "lion", "nadam", "nadamw", "novograd", "optimistic_adam_v2", "optimistic_gradient_descent", "radam",
@@ -170,12 +171,12 @@ def _option(parameter: inspect.Parameter) -> Option | None:
         return Option(parameter.name, default, fixed=fixed)
     kinds = (*KINDS.values(), bj.algorithms.Algorithm)
     bases = tuple(part for part in parts if inspect.isclass(part) and issubclass(part, kinds))
-    if bases:
-        return Option(parameter.name, default, bases=bases)
     schedule = (Schedule,) if any(part is Callable or typing.get_origin(part) is Callable for part in parts) else ()
     scalar = next(
         (part for part in parts if typing.get_origin(part) is Literal or part in (bool, int, float, str)), None
     )
+    if bases:  # beside a section, a number or text may stand where the annotation has both
+        return Option(parameter.name, default, hint=scalar, bases=bases)
     if scalar is None and hint is Any:
         scalar = type(default) if isinstance(default, bool | int | float | str) else float | int
     if scalar is None:

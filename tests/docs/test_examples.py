@@ -26,12 +26,12 @@ NAMESPACES = ["bilevel_jax", *sorted(f"bilevel_jax.{path.parent.name}" for path 
 # Nobody builds these: base classes, of which the classes derived from them are the examples ...
 PROTOCOLS = {
     *("ActionFunction", "Agent", "Algorithm", "AverageRewardSolver", "Baseline", "Distribution", "Environment"),
-    *("LinearSolver", "Method", "Policy", "Preconditioner", "Regularizer", "Response", "SampledProblem", "Solver"),
+    *("LinearSolver", "Method", "Module", "Network", "Policy", "Preconditioner", "Regularizer", "Response", "SampledProblem", "Solver"),
     *("Transition",),
 }
 # ... and results, of which the functions that return them are the examples.
 RESULTS = {
-    *("Attempt", "AverageRewardSolution", "AverageRewardStats", "Comparison", "Costs", "Estimate"),
+    *("Attempt", "AverageRewardSolution", "AverageRewardStats", "Comparison", "Costs", "Estimate", "Evaluation"),
     *("FiniteHorizonSolution", "GradientCheck", "Hypergradient", "Info", "LinearStats", "ProblemSpec", "Report"),
     *("Solution", "SolveStats", "State", "StocSchedule", "TimeStep", "Trajectory", "Weights"),
 }

@@ -23,7 +23,7 @@ from bilevel_jax.agents import (
     SoftQLearning,
     policy_gap,
 )
-from bilevel_jax.agents.tabular.processes import choose_all
+from bilevel_jax.agents.processes import choose_all
 from bilevel_jax.environments import (
     AutoReset,
     Processes,

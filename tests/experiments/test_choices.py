@@ -36,10 +36,15 @@ GIVEN = {
     "shared_rollouts": "length: 3",
     "expected_trajectories": "length: 3",
     "unrolled": "sweeps: 3",
+    "one_hot": "states: 4",
     "cooling": "start: 2.0, iterations: 3",
     "by_visits": "schedule: polynomial",
     "box": "lower: -1.0, upper: 1.0",
 }
+
+
+# Networks of frames, which a garnet has not.
+FRAMES = {"nature_cnn", "reward_cnn"}
 
 
 def section(name):
@@ -59,11 +64,12 @@ def places():
         "response": "algorithm: {name: sobirl, batch: 4, response: %s}",
         "baseline": "algorithm: {name: sobirl, batch: 4, baseline: %s}",
         "agent": "algorithm: {name: naive, batch: 4, agent: %s}",
+        "network": "algorithm: {name: naive, batch: 4, agent: {name: soft_pqn, processes: 4, steps: 8, network: %s}}",
         "schedule": "algorithm: implicit\ntemperature: %s\noptimizer: {name: sgd, learning_rate: %s}",
     }
     assert set(templates) == set(KINDS)
     for kind, template in templates.items():
-        for name in choices((KINDS[kind],)):
+        for name in sorted(set(choices((KINDS[kind],))) - FRAMES):
             yield kind, template.replace("%s", section(name))
     yield from (
         ("adjoint", templates["solver"].replace("solver:", "adjoint:") % section(n))

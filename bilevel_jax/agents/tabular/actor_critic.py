@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
-from bilevel_jax.agents.protocol import Agent
-from bilevel_jax.agents.tabular.processes import (
+from bilevel_jax.agents.processes import (
     as_limit,
     as_unit,
     at_states,
@@ -17,6 +16,7 @@ from bilevel_jax.agents.tabular.processes import (
     simulator,
     take,
 )
+from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.agents.tabular.values import Learned, TableValues, coverage, values_at
 from bilevel_jax.bilevel import SampledProblem
 from bilevel_jax.core.errors import InputError

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bilevel_jax.agents.tabular.processes import choose_all, mixed, take
+from bilevel_jax.agents.processes import choose_all, mixed, take
 from bilevel_jax.agents.tabular.temporal_difference import TemporalDifference
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.mdp.regularizers import KLDivergence, ShannonEntropy

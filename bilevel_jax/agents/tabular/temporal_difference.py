@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, Real
 
-from bilevel_jax.agents.protocol import Agent
-from bilevel_jax.agents.tabular.processes import (
+from bilevel_jax.agents.processes import (
     as_limit,
     as_unit,
     at_states,
@@ -18,6 +17,7 @@ from bilevel_jax.agents.tabular.processes import (
     simulator,
     take,
 )
+from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.agents.tabular.values import Learned, coverage, values_at
 from bilevel_jax.core.functions import as_pytree
 from bilevel_jax.core.schedules import ByVisits, as_schedule

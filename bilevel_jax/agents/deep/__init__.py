@@ -1,0 +1,1 @@
+"""Agents whose values and policies are networks."""

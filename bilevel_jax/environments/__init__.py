@@ -1,5 +1,6 @@
 """Simulators as pure functions, any `MDP` as one, policies, and batches of trajectories."""
 
+from bilevel_jax.environments import classic
 from bilevel_jax.environments.collect import collect
 from bilevel_jax.environments.evaluation import Evaluation, Greedy, evaluate
 from bilevel_jax.environments.gymnax import GymnaxEnvironment
@@ -41,6 +42,7 @@ __all__ = [
     "Visits",
     "as_policy",
     "as_space",
+    "classic",
     "collect",
     "evaluate",
     "flatten_contexts",

@@ -7,6 +7,7 @@ from bilevel_jax.agents.tabular.actor_critic import ActorCritic
 from bilevel_jax.agents.tabular.sampled_policy_iteration import SampledPolicyIteration
 from bilevel_jax.agents.tabular.soft_q_learning import SoftQLearning
 from bilevel_jax.agents.tabular.soft_sarsa import SoftSARSA
+from bilevel_jax.agents.train import Training, train
 from bilevel_jax.core.schedules import ByVisits, LinearDecay, Polynomial
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "SoftPQN",
     "SoftQLearning",
     "SoftSARSA",
+    "Training",
     "policy_gap",
+    "train",
 ]

@@ -11,6 +11,7 @@ from bilevel_jax.networks.modules import Module
 from bilevel_jax.networks.one_hot import OneHot
 from bilevel_jax.networks.protocol import Network, as_vector
 from bilevel_jax.networks.rewards import Ensemble, RewardNetwork
+from bilevel_jax.networks.scaled import Scaled
 
 __all__ = [
     "MLP",
@@ -21,6 +22,7 @@ __all__ = [
     "OneHot",
     "RewardCNN",
     "RewardNetwork",
+    "Scaled",
     "as_vector",
     "equinox",
 ]

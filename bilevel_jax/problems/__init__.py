@@ -13,9 +13,11 @@ from bilevel_jax.problems import (
     tax_design,
 )
 from bilevel_jax.problems.registry import ProblemSpec, make, names, register, spec
+from bilevel_jax.problems.task import Task
 
 __all__ = [
     "ProblemSpec",
+    "Task",
     "environment_design",
     "four_rooms",
     "garnet",

@@ -33,7 +33,7 @@ PROTOCOLS = {
 RESULTS = {
     *("Attempt", "AverageRewardSolution", "AverageRewardStats", "Comparison", "Costs", "Estimate", "Evaluation"),
     *("FiniteHorizonSolution", "GradientCheck", "Hypergradient", "Info", "LinearStats", "ProblemSpec", "Report"),
-    *("Solution", "SolveStats", "State", "StocSchedule", "TimeStep", "Trajectory", "Weights"),
+    *("Solution", "SolveStats", "State", "StocSchedule", "TimeStep", "Training", "Trajectory", "Weights"),
 }
 
 

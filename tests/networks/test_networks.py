@@ -41,6 +41,7 @@ NETWORKS = [
     pytest.param(bj.networks.MLP(width=8), VECTOR, id="mlp"),
     pytest.param(bj.networks.MLP(depth=0), {"a": VECTOR, "b": jnp.asarray(3)}, id="linear"),
     pytest.param(bj.networks.OneHot(5, bj.networks.MLP(width=8)), jnp.asarray(3), id="one hot"),
+    pytest.param(bj.networks.Scaled(jnp.array([0.1, 2.0, 1.0]), 0.5, bj.networks.MLP(width=8)), VECTOR, id="scaled"),
     pytest.param(bj.networks.equinox.Equinox(build), VECTOR, id="equinox"),
     pytest.param(Linen(Dense()), VECTOR, id="linen"),
     pytest.param(NNX(layers), VECTOR, id="nnx"),
@@ -104,6 +105,16 @@ def test_mlp_against_numpy():
         hidden = np.maximum(hidden, 0)
     np.testing.assert_allclose(network.apply(params, VECTOR), arrays[8] @ hidden + arrays[9], rtol=1e-12)
     np.testing.assert_allclose(arrays[4] @ arrays[4].T, 2 * np.eye(8), atol=1e-12)  # orthogonal, gain sqrt(2)
+
+
+def test_scaled_observations():
+    inner = bj.networks.MLP(width=8)
+    network = bj.networks.Scaled(jnp.array([0.1, 2.0, 1.0]), 0.5, inner)
+    params = network.init(KEY, VECTOR, 2)
+    want = inner.apply(params, (VECTOR - 0.5) / jnp.array([0.1, 2.0, 1.0]))
+    np.testing.assert_allclose(network.apply(params, VECTOR), want, rtol=1e-12)
+    with pytest.raises(bj.InputError, match="scale"):
+        bj.networks.Scaled(0.0)
 
 
 def test_linen_against_the_module():

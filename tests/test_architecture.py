@@ -36,7 +36,7 @@ ABOVE = {
     "estimators": ("bilevel", "hypergradient", "networks", "preferences"),
     "replay": ("core",),
     "agents": ("bilevel", "networks", "replay"),
-    "algorithms": ("hypergradient", "estimators", "agents", "replay", "preferences"),
+    "algorithms": ("hypergradient", "estimators", "agents", "networks", "replay", "preferences"),
     "experiments": ("algorithms", "problems", "criteria"),
 }
 

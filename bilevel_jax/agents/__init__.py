@@ -1,5 +1,9 @@
 """Lower-level agents: policies learned from a simulator, warm-started from one upper variable to the next."""
 
+from bilevel_jax.agents.deep.gaussian_actor_critic import GaussianActorCritic
+from bilevel_jax.agents.deep.host import collect_on_host, improve_on_host
+from bilevel_jax.agents.deep.proximal import PPO
+from bilevel_jax.agents.deep.soft_actor_critic import SoftActorCritic
 from bilevel_jax.agents.deep.soft_pqn import SoftPQN
 from bilevel_jax.agents.exact import ExactAgent
 from bilevel_jax.agents.protocol import Agent, policy_gap
@@ -11,17 +15,22 @@ from bilevel_jax.agents.train import Training, train
 from bilevel_jax.core.schedules import ByVisits, LinearDecay, Polynomial
 
 __all__ = [
+    "PPO",
     "ActorCritic",
     "Agent",
     "ByVisits",
     "ExactAgent",
+    "GaussianActorCritic",
     "LinearDecay",
     "Polynomial",
     "SampledPolicyIteration",
+    "SoftActorCritic",
     "SoftPQN",
     "SoftQLearning",
     "SoftSARSA",
     "Training",
+    "collect_on_host",
+    "improve_on_host",
     "policy_gap",
     "train",
 ]

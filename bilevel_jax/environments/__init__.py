@@ -4,6 +4,7 @@ from bilevel_jax.environments import classic
 from bilevel_jax.environments.collect import collect
 from bilevel_jax.environments.evaluation import Evaluation, Greedy, evaluate
 from bilevel_jax.environments.gymnax import GymnaxEnvironment
+from bilevel_jax.environments.host import HostEnvironment, HostSpaces
 from bilevel_jax.environments.policies import (
     Categorical,
     Distribution,
@@ -31,6 +32,8 @@ __all__ = [
     "Evaluation",
     "Greedy",
     "GymnaxEnvironment",
+    "HostEnvironment",
+    "HostSpaces",
     "Policy",
     "PolicyFunction",
     "Processes",

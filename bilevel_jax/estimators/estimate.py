@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, PRNGKeyArray, Real
 
 from bilevel_jax.bilevel.problem import as_upper_variable
 from bilevel_jax.bilevel.sampled_problem import SampledProblem, temperature_of
@@ -15,6 +15,7 @@ from bilevel_jax.core.validation import as_integer, require_computable
 from bilevel_jax.environments import Trajectory, as_policy, require_every_action, rollout
 from bilevel_jax.estimators.baselines import Baseline, LeaveOneOut
 from bilevel_jax.estimators.costs import Costs, step_costs
+from bilevel_jax.estimators.guards import bounded, compare
 from bilevel_jax.estimators.responses import Response
 
 
@@ -24,12 +25,19 @@ class Estimate(NamedTuple):
     `value` is the mean loss, an estimate of phi(x). `gradient` estimates the hyper-gradient and is a pytree like x.
 
     `groups` are the trajectories [N, I, H] behind both, and `costs` what each group paid.
+
+    With `max_ratio`, `direct_norm` and `implicit_norm` are the 2-norms of the two parts of the gradient before it was
+    bounded, that of dl/dx and that of the policy's answer, and `cosine` is that of the angle between them. They are
+    None otherwise.
     """
 
     value: Float[Array, ""]
     gradient: Any
     groups: Trajectory
     costs: Costs
+    direct_norm: Float[Array, ""] | None = None
+    implicit_norm: Float[Array, ""] | None = None
+    cosine: Float[Array, ""] | None = None
 
 
 def sample_groups(key: PRNGKeyArray, problem: SampledProblem, policy: Any, batch: int, first: Any = 0) -> Trajectory:
@@ -95,6 +103,7 @@ def estimate(
     response_state: Any = None,
     baseline: Baseline | None = None,
     baseline_state: Any = None,
+    max_ratio: Real[ArrayLike, ""] | None = None,
 ) -> Estimate:
     """Draw N = batch groups under `policy` and estimate the hyper-gradient from them.
 
@@ -107,9 +116,13 @@ def estimate(
       response_state: the state that `response.init` or `update` returned.
       baseline: subtracted from l; None is `LeaveOneOut()`.
       baseline_state: the state that `baseline.init` or `update` returned, from earlier batches.
+      max_ratio: the bound on the 2-norm of the second term over that of the first; a leaf. The second term is then made
+        smaller, in its direction, and both are described in the result, which takes two backward passes. Infinity only
+        describes them. None does neither.
 
     Raises:
-      InputError: the regularizer is no entropy, the loss is neither a scalar nor [H].
+      InputError: the regularizer is no entropy, the loss is neither a scalar nor [H], the response needs another kind
+        of baseline, max_ratio is below 0.
 
     Example:
       >>> problem = bj.problems.make("garnet", horizon=20)
@@ -122,7 +135,18 @@ def estimate(
     """
     for_groups, for_rest = jax.random.split(key)
     groups = sample_groups(for_groups, problem, policy, batch)
-    return estimate_from(for_rest, problem, x, policy, groups, response, response_state, baseline, baseline_state)
+    return estimate_from(
+        for_rest,
+        problem,
+        x,
+        policy,
+        groups,
+        response,
+        response_state,
+        baseline,
+        baseline_state,
+        max_ratio=max_ratio,
+    )
 
 
 def estimate_from(
@@ -136,6 +160,7 @@ def estimate_from(
     baseline: Baseline | None = None,
     baseline_state: Any = None,
     weights: Float[Array, " N"] | None = None,
+    max_ratio: Real[ArrayLike, ""] | None = None,
 ) -> Estimate:
     """Estimate the hyper-gradient as `estimate` does, but from groups [N, I, H] that were already drawn.
 
@@ -153,12 +178,13 @@ def estimate_from(
     require_computable("problem", problem, any_floats=True)
     x, policy = as_upper_variable(x), as_policy(policy)
     baseline = LeaveOneOut() if baseline is None else baseline
+    _require_fitting(response, baseline)
     _, for_response = jax.random.split(key)
     count, horizon = groups.action.shape[0], groups.action.shape[-1]
     weights = jnp.ones(count) if weights is None else weights
     temperature = temperature_of(problem, x)
 
-    def surrogate(x):
+    def parts(x):
         costs = group_costs(key, problem, x, groups)
         weighted = weights.astype(costs.each.dtype)[:, None] * costs.factors[None]
         value = jnp.sum(weighted * costs.each) / count
@@ -169,10 +195,30 @@ def estimate_from(
         answer = response.surrogate(
             for_response, response_state, problem, x, policy, flat, stop_gradient(credit.reshape(-1, horizon))
         )
-        return value + answer / temperature, (value, constant)
+        return (value, answer / temperature), constant
+
+    if max_ratio is not None:
+        (value, answer), pull, costs = jax.vjp(parts, x, has_aux=True)
+        (direct,) = pull((jnp.ones_like(value), jnp.zeros_like(answer)))
+        (implicit,) = pull((jnp.zeros_like(value), jnp.ones_like(answer)))
+        return Estimate(value, bounded(direct, implicit, max_ratio), groups, costs, *compare(direct, implicit))
+
+    def surrogate(x):
+        (value, answer), constant = parts(x)
+        return value + answer, (value, constant)
 
     gradient, (value, costs) = jax.grad(surrogate, has_aux=True)(x)
     return Estimate(value=value, gradient=gradient, groups=groups, costs=costs)
+
+
+def _require_fitting(response: Response, baseline: Baseline) -> None:
+    """Raise InputError for a response that needs a credit of pairs with a baseline that gives another."""
+    if response.credit_of_pairs and not baseline.of_pairs:
+        raise InputError(
+            f"baseline: {type(response).__name__} needs a credit that is a function of the state and the action, but "
+            f"that of {type(baseline).__name__} depends on the states that followed, which would be a large bias; use "
+            f"CriticAdvantage(), or the response NestedRollouts"
+        )
 
 
 def group_costs(key: PRNGKeyArray, problem: SampledProblem, x: Any, groups: Trajectory) -> Costs:

@@ -53,7 +53,7 @@ class Option:
 
     `hint` is the type of a number, truth value or text. Where a section may stand, `bases` are the classes of which it
     names one, and `fixed` is the class of a section without a name. `default` is `inspect.Parameter.empty` where the
-    option has to be given.
+    option has to be given. `of_key`: the number is the seed of a random key, the argument `key`.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Option:
     hint: Any = None
     bases: tuple[type, ...] = ()
     fixed: type | None = None
+    of_key: bool = False
 
     @property
     def required(self) -> bool:
@@ -121,8 +122,18 @@ def _derived(base: type) -> Iterator[type]:
     for kind in (base, *base.__subclasses__()):
         if kind is not base:
             yield from _derived(kind)
-        elif not inspect.isabstract(kind) and not kind.__name__.startswith("_") and _is_public(kind):
+        elif _is_choice(kind):
             yield kind
+
+
+def _is_choice(kind: type) -> bool:
+    """Whether a config can name the class: it is public, can be made, and needs no array or function."""
+    if inspect.isabstract(kind) or kind.__name__.startswith("_") or not _is_public(kind):
+        return False
+    writable = {"key" if option.of_key else option.name for option in options_of(kind)}
+    variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    own = [parameter for parameter in inspect.signature(kind).parameters.values() if parameter.kind not in variadic]
+    return {parameter.name for parameter in own if parameter.default is parameter.empty} <= writable
 
 
 def _place(kind: Any) -> str:
@@ -165,7 +176,7 @@ def _option(parameter: inspect.Parameter) -> Option | None:
     parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     nullable = default is None or types.NoneType in parts
     if parameter.name == "key" and jax.Array in parts:
-        return Option("seed", 0, hint=int)
+        return Option("seed", 0, hint=int, of_key=True)
     fixed = next((part for part in parts if part in GROUPS), None)
     if fixed is not None:
         return Option(parameter.name, default, fixed=fixed)

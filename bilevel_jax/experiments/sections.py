@@ -281,10 +281,12 @@ def build_choice(section: dict[str, Any], known: Mapping[str, Choice], context: 
 
 
 def _arguments(options: Iterable[Option], section: dict[str, Any], context: Context | None) -> dict[str, Any]:
-    arguments = {o.name: _built(o, section[o.name], context) for o in options}
-    if "seed" in arguments and any(o.name == "seed" and o.hint is int for o in options):
-        arguments["key"] = jax.random.key(arguments.pop("seed"))
-    return arguments
+    return {
+        "key" if o.of_key else o.name: jax.random.key(section[o.name])
+        if o.of_key
+        else _built(o, section[o.name], context)
+        for o in options
+    }
 
 
 def _built(option: Option, value: Any, context: Context | None) -> Any:

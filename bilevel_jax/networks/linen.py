@@ -43,4 +43,5 @@ class Linen(Network):
     def apply(self, params: Any, observation: Any) -> Float[Array, " outputs"]:
         own = {name: part if name == "params" else jax.lax.stop_gradient(part) for name, part in params.items()}
         with usual_promotion():
-            return jax.numpy.reshape(self.module.apply(own, observation), (-1,))
+            made: Any = self.module.apply(own, observation)
+            return jax.numpy.reshape(made, (-1,))

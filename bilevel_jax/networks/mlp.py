@@ -69,7 +69,7 @@ def linear(key: PRNGKeyArray, inputs: int, outputs: int, scale: float) -> eqx.nn
     """A layer with orthogonal weights times `scale`, and zero biases."""
     layer = eqx.nn.Linear(inputs, outputs, key=key)
     weight = jax.nn.initializers.orthogonal(scale)(key, (outputs, inputs), layer.weight.dtype)
-    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (weight, jnp.zeros_like(layer.bias)))
+    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (weight, jnp.zeros(outputs, weight.dtype)))
 
 
 def _flat(observation: Any) -> jax.Array:

@@ -14,7 +14,7 @@ class OneHot(Network):
 
     Args:
       states: S (static).
-      network: what the vectors go into. The default is a linear function that begins with zeros: a table.
+      network: what the vectors go into. None is a linear function that begins with zeros: a table.
 
     Raises:
       InputError: states below 1.
@@ -27,7 +27,11 @@ class OneHot(Network):
     """
 
     states: int = eqx.field(static=True, converter=size("states"))
-    network: Network = MLP(depth=0, output_scale=0.0)
+    network: Network
+
+    def __init__(self, states: int, network: Network | None = None):
+        self.states = states
+        self.network = MLP(depth=0, output_scale=0.0) if network is None else network
 
     def init(self, key, observation, outputs):
         del observation

@@ -24,7 +24,7 @@ class RewardNetwork(eqx.Module):
       network: its outputs are the rewards: one, or for numbered actions and "state_action" one per action.
       inputs: what the reward depends on (static): "state" is r(s); "state_action" r(s, a); "next_state" r(s'), of the
         state that a step leads to. A reward of the next state has no number for an action that was not taken: the
-        responses `OneStep` and `SuccessorFeatures` refuse it, `NestedRollouts` and `EligibilityTrace` do not.
+        response `OneStep` refuses it, `NestedRollouts` and `EligibilityTrace` do not.
       space: the action space of the environment.
       scale: multiplies the network's outputs.
 

@@ -124,7 +124,9 @@ class SoftPQN(Agent):
         environment = simulator(problem, self.restart_every)
         params = self.network.init(for_params, environment.observation_space, environment.num_actions)
         processes = start_processes(for_processes, environment, self.processes)
-        numbers = dict.fromkeys(("loss", "q", "entropy", "gradient_norm"), jnp.asarray(jnp.nan, jnp.result_type(float)))
+        numbers: dict[str, Float[Array, ""]] = dict.fromkeys(
+            ("loss", "q", "entropy", "gradient_norm"), jnp.asarray(jnp.nan, jnp.result_type(float))
+        )
         return SoftPQNState(
             params=params,
             optimizer_state=self.optimizer.init(params),

@@ -19,6 +19,7 @@ from bilevel_jax.core.validation import as_float, as_size, plain, require_positi
 from bilevel_jax.environments import TabularEnvironment, Trajectory
 from bilevel_jax.estimators import (
     Baseline,
+    CriticAdvantage,
     LearnedAdvantage,
     LearnedModel,
     LeaveOneOut,
@@ -30,6 +31,7 @@ from bilevel_jax.estimators import (
     regroup,
     sample_groups,
 )
+from bilevel_jax.networks import OneHot
 
 
 class Reuse(eqx.Module):
@@ -212,7 +214,7 @@ def sobirl_by_problem(
       agent: see `sobirl`.
       response: None is `LearnedModel()` on a table, else `NestedRollouts` over the steps that matter.
       batch: groups of trajectories per iteration (static).
-      baseline: None is `default_baseline(problem)`.
+      baseline: None is `default_baseline(problem, response)`.
       reuse: see `sobirl`.
       pairings: None is 10 where losses compare trajectories and the response is a learned model, else 1.
     """
@@ -222,14 +224,20 @@ def sobirl_by_problem(
     if pairings is None:
         compared = problem.trajectories > 1 and isinstance(response, LearnedModel)
         pairings = min(10, batch) if compared else 1
-    baseline = default_baseline(problem) if baseline is None else baseline
+    baseline = default_baseline(problem, response) if baseline is None else baseline
     return sobirl(
         problem, upper, agent=agent, response=response, batch=batch, baseline=baseline, reuse=reuse, pairings=pairings
     )
 
 
-def default_baseline(problem: SampledProblem) -> Baseline:
-    """`LearnedAdvantage()` for losses of single trajectories on a table, `LeaveOneOut()` otherwise."""
+def default_baseline(problem: SampledProblem, response: Response) -> Baseline:
+    """`LearnedAdvantage()` for losses of single trajectories on a table, `LeaveOneOut()` otherwise; and
+    `CriticAdvantage()` for a response that needs the credit of pairs.
+    """
+    environment = problem.environment
+    if response.credit_of_pairs:
+        tabular = isinstance(environment, TabularEnvironment)
+        return CriticAdvantage(OneHot(environment.num_states) if tabular else None)
     return LearnedAdvantage() if problem.trajectories == 1 and _is_tabular(problem) else LeaveOneOut()
 
 

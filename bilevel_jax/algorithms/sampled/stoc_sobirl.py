@@ -143,11 +143,11 @@ def stoc_sobirl_within(
       iterations: the number for which the schedule is made; None is as many as fit the budget, 1000 without one.
       agent: None is `SoftQLearning` with the schedule's sizes.
       response: None is `LearnedModel()`, which needs far fewer samples than the published rollouts.
-      baseline: None is `default_baseline(problem)`.
+      baseline: None is `default_baseline(problem, response)`.
       transitions: the budget.
     """
     response = LearnedModel() if response is None else response
-    baseline = default_baseline(problem) if baseline is None else baseline
+    baseline = default_baseline(problem, response) if baseline is None else baseline
 
     def made(count: int) -> SoBiRL:
         return stoc_sobirl(problem, count, optimizer=upper, agent=agent, response=response, baseline=baseline)

@@ -1,7 +1,7 @@
 """What a baseline is, and what several share."""
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 from jaxtyping import Array, Float
@@ -13,7 +13,13 @@ from bilevel_jax.estimators.costs import Costs
 
 
 class Baseline(eqx.Module):
-    """The protocol of a baseline, which is charged to each action so that the estimate has less variance."""
+    """The protocol of a baseline, which is charged to each action so that the estimate has less variance.
+
+    `of_pairs` says whether the credit is a function of the state and the action alone, of mean 0 over the actions of
+    the policy, as some responses need it. What a trajectory paid is not.
+    """
+
+    of_pairs: ClassVar[bool] = False
 
     @property
     def learns_first(self) -> bool:
@@ -56,9 +62,14 @@ class Subtraction(Baseline):
 
 def require_single(name: str, problem: SampledProblem) -> TabularEnvironment:
     """The environment, if it is tabular and losses look at one trajectory. Raises InputError."""
+    require_one_trajectory(name, problem)
+    return require_tabular(problem, name)
+
+
+def require_one_trajectory(name: str, problem: SampledProblem) -> None:
+    """Raise InputError unless losses look at one trajectory."""
     if problem.trajectories != 1:
         raise InputError(
             f"trajectories: {name} is for losses of one trajectory, the problem has {problem.trajectories}; use "
             f"LeaveOneOut()"
         )
-    return require_tabular(problem, name)

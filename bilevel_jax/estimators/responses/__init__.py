@@ -9,6 +9,7 @@ On a table, let W[s, a] be the credits summed over the visits of a pair, and w =
 sum c (dQ* - dV*) = <w, dQ*>, because dV* = sum_a pi dQ*.
 """
 
+from bilevel_jax.estimators.responses.eligibility_trace import EligibilityTrace
 from bilevel_jax.estimators.responses.exact import Exact
 from bilevel_jax.estimators.responses.learned_critic import LearnedCritic
 from bilevel_jax.estimators.responses.learned_model import LearnedModel
@@ -16,8 +17,10 @@ from bilevel_jax.estimators.responses.nested_rollouts import NestedRollouts
 from bilevel_jax.estimators.responses.one_step import OneStep
 from bilevel_jax.estimators.responses.protocol import Response
 from bilevel_jax.estimators.responses.shared_rollouts import SharedRollouts
+from bilevel_jax.estimators.responses.successor_features import SuccessorFeatures, last_layer
 
 __all__ = [
+    "EligibilityTrace",
     "Exact",
     "LearnedCritic",
     "LearnedModel",
@@ -25,4 +28,6 @@ __all__ = [
     "OneStep",
     "Response",
     "SharedRollouts",
+    "SuccessorFeatures",
+    "last_layer",
 ]

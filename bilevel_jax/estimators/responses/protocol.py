@@ -1,7 +1,7 @@
 """What a response is: an estimator of dQ* - dV* at visited pairs."""
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -11,7 +11,12 @@ from bilevel_jax.environments import Policy, Trajectory
 
 
 class Response(eqx.Module):
-    """The protocol of a response. Only a response that learns has a state."""
+    """The protocol of a response. Only a response that learns has a state.
+
+    `credit_of_pairs` says whether it needs a baseline that is `of_pairs`.
+    """
+
+    credit_of_pairs: ClassVar[bool] = False
 
     @property
     def learns_first(self) -> bool:

@@ -1,0 +1,146 @@
+"""What soft PQN reaches on standard tasks, in how many steps and minutes.
+
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.deep.soft_pqn [--only TASK] [--seeds 10] [--steps N] [--out FILE]
+
+Every task has its own sizes (`TASKS`); the rest are defaults of `SoftPQN`. All seeds go through one vmapped program, in
+float32. After the training each seed's policy is judged over EPISODES whole episodes, greedily, in the environment's
+own rewards. Reported: the interquartile mean over the seeds with its bootstrap interval of 95% (2,000 resamples of
+seeds), least and most, steps per second of all seeds together without compiling, and the wall time. Tasks of gymnax
+need `pip install 'bilevel_jax[gymnax]'`; they are skipped without it. The published returns are those of gymnax-blines
+(PPO).
+
+Each task is written when it is done; started again it is skipped. Writes results/soft_pqn.json.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bilevel_jax as bj
+from benchmarks.common.timing import RESULTS, machine
+
+EPISODES = 32
+RESAMPLES = 2000
+
+SMALL = {"processes": 32, "steps": 32, "width": 64, "depth": 2, "trace": 0.9, "epochs": 4, "minibatches": 4}
+MINATAR = {"processes": 128, "steps": 32, "width": 128, "depth": 2, "trace": 0.65, "epochs": 2, "minibatches": 32}
+TASKS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": SMALL | {"temperature": 0.05, "scale": 0.1, "total": 3e5, "limit": 500, "published": 500.0},
+    "Acrobot-v1": SMALL | {"temperature": 0.02, "scale": 0.1, "total": 5e5, "limit": 500, "published": -78.9},
+    "MountainCar-v0": SMALL
+    | {"observation_scale": (0.5, 0.03), "observation_offset": (-0.3, 0.0)}
+    | {"temperature": 0.02, "scale": 0.1, "total": 1e6, "limit": 200, "published": -118.0},
+    "Breakout-MinAtar": MINATAR | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 22.9},
+    "Asterix-MinAtar": MINATAR | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 15.0},
+    "Freeway-MinAtar": MINATAR | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 2500, "published": 58.8},
+    "SpaceInvaders-MinAtar": MINATAR
+    | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 131.6},
+}
+OURS = {"CartPole-v1": bj.environments.classic.CartPole, "MountainCar-v0": bj.environments.classic.MountainCar}
+LEARNING_RATE = 5e-4
+
+
+def environment_of(name: str) -> Any:
+    """The environment, or None where its package is missing."""
+    if name in OURS:
+        return OURS[name]()
+    try:
+        import gymnax  # type: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return bj.environments.GymnaxEnvironment(*gymnax.make(name))
+
+
+def agent_of(task: dict[str, Any], updates: int) -> Any:
+    return bj.agents.SoftPQN(
+        bj.networks.Scaled(
+            jnp.asarray(task.get("observation_scale", 1.0)),
+            jnp.asarray(task.get("observation_offset", 0.0)),
+            bj.networks.MLP(width=task["width"], depth=task["depth"]),
+        ),
+        learning_rate=bj.agents.LinearDecay(LEARNING_RATE, 0.05 * LEARNING_RATE, updates),
+        **{name: task[name] for name in ("processes", "steps", "trace", "epochs", "minibatches")},
+    )
+
+
+def measure(name: str, task: dict[str, Any], seeds: int, total: int) -> dict[str, Any] | None:
+    environment = environment_of(name)
+    if environment is None:
+        return None
+    problem = bj.problems.Task(
+        environment, temperature=task["temperature"], scale=task["scale"], discount=0.99, horizon=task["limit"]
+    )
+    updates = max(1, total // (task["processes"] * task["steps"]))
+    agent, x = agent_of(task, updates), jnp.zeros(())
+
+    def run(key: Any) -> Any:
+        trained = bj.agents.train(key, agent, problem, x, updates)
+        return trained.state, trained.history["episode_return"]
+
+    def judge(key: Any, state: Any) -> Any:
+        policy = agent.policy(state, problem, x)
+        judged = bj.environments.TimeLimit(environment, task["limit"])
+        return bj.environments.evaluate(
+            key, judged, policy, episodes=EPISODES, steps=task["limit"], greedy=True
+        ).returns.mean()
+
+    keys = jax.random.split(jax.random.key(0), seeds)
+    start = time.perf_counter()
+    program = jax.jit(jax.vmap(run)).lower(keys).compile()
+    compiling = time.perf_counter() - start
+    start = time.perf_counter()
+    state, curve = jax.block_until_ready(program(keys))
+    taken = time.perf_counter() - start
+    returns = np.asarray(jax.jit(jax.vmap(judge))(jax.random.split(jax.random.key(1), seeds), state), float)
+    steps = updates * task["processes"] * task["steps"]
+    rng = np.random.default_rng(0)
+    means = [middle(rng.choice(returns, seeds)) for _ in range(RESAMPLES)]
+    return {
+        "published": task["published"],
+        "interquartile_mean": round(middle(returns), 2),
+        "interval": [round(float(np.quantile(means, q)), 2) for q in (0.025, 0.975)],
+        "returns": [round(float(r), 2) for r in returns],
+        "while_training": [round(float(r), 2) for r in np.nanmean(np.asarray(curve)[:, -10:], 1)],
+        "steps_per_seed": steps,
+        "seeds": seeds,
+        "steps_per_second": round(steps * seeds / taken),
+        "seconds": round(taken, 1),
+        "compile_seconds": round(compiling, 1),
+    }
+
+
+def middle(returns: np.ndarray) -> float:
+    """The interquartile mean: of the middle half of the seeds, those at its ends in part."""
+    ordered, count = np.sort(returns), len(returns)
+    edges = np.clip(np.arange(count + 1) / count, 0.25, 0.75)
+    return float(ordered @ np.diff(edges) / 0.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--steps", type=float, help="of the simulator per seed; by default the task's own")
+    parser.add_argument("--out", type=Path, default=RESULTS / "soft_pqn.json")
+    options = parser.parse_args()
+    done = json.loads(options.out.read_text()) if options.out.exists() else {"tasks": {}}
+    for name in options.only:
+        if name in done["tasks"]:
+            continue
+        made = measure(name, TASKS[name], options.seeds, int(options.steps or TASKS[name]["total"]))
+        if made is None:
+            print(f"{name}: needs gymnax", flush=True)
+            continue
+        print(name, made, flush=True)
+        done = {"machine": machine(), "tasks": done["tasks"] | {name: made}}
+        options.out.write_text(json.dumps(done, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

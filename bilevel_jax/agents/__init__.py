@@ -1,5 +1,6 @@
 """Lower-level agents: policies learned from a simulator, warm-started from one upper variable to the next."""
 
+from bilevel_jax.agents.deep.gaussian import Gaussian, TanhGaussian
 from bilevel_jax.agents.deep.gaussian_actor_critic import GaussianActorCritic
 from bilevel_jax.agents.deep.host import collect_on_host, improve_on_host
 from bilevel_jax.agents.deep.proximal import PPO
@@ -20,6 +21,7 @@ __all__ = [
     "Agent",
     "ByVisits",
     "ExactAgent",
+    "Gaussian",
     "GaussianActorCritic",
     "LinearDecay",
     "Polynomial",
@@ -28,6 +30,7 @@ __all__ = [
     "SoftPQN",
     "SoftQLearning",
     "SoftSARSA",
+    "TanhGaussian",
     "Training",
     "collect_on_host",
     "improve_on_host",

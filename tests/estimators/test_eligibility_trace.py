@@ -147,6 +147,7 @@ def test_unbiased_with_decay_one(kind):
 
 
 @pytest.mark.slow
+@pytest.mark.often(2)
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("seed", [11, 12])
 def test_unbiased_on_other_garnets(seed, centred):
@@ -158,6 +159,7 @@ def test_unbiased_on_other_garnets(seed, centred):
 
 
 @pytest.mark.slow
+@pytest.mark.often(2)
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.8])
 def test_the_bias_of_a_smaller_decay_is_the_predicted_one(decay):
     at = setting(discount=0.9, horizon=100)
@@ -433,6 +435,7 @@ def advantage_error(at, baseline, batches, batch):
 
 
 @pytest.mark.slow
+@pytest.mark.often(2)
 @pytest.mark.parametrize("trace", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("kind", [Garnet, EndingGarnet])
 def test_the_critic_learns_the_advantage(kind, trace):

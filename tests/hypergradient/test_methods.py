@@ -41,7 +41,7 @@ def truth(kind, contexts=False):
     return bj.check(bj.hypergradient(upper_problem(kind, contexts), upper_start(), method=EXACT["direct"]))
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_all_roads_lead_to_the_same_gradient(name):
@@ -53,7 +53,7 @@ def test_all_roads_lead_to_the_same_gradient(name):
         np.testing.assert_allclose(made.adjoint, truth("kl").adjoint, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.often(2)
+@pytest.mark.often(1)
 @pytest.mark.parametrize(
     ("kind", "contexts"), but([], [("kl", False), ("kl", True), ("shannon", False), ("tsallis", False)])
 )
@@ -95,6 +95,7 @@ SLOW = {
 
 
 # Either side of the default's change from factorization to Krylov.
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("states", [300, pytest.param(600, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("discount", [0.5, 0.9, 0.99, 0.999])
@@ -169,7 +170,7 @@ def test_without_error():
     assert flops[0] <= 1.01 * flops[1]  # an error that nobody reads is not computed
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["neumann", "unrolled", "forward", "trajectories", "descent"])
 def test_under_vmap(name):

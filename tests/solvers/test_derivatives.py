@@ -113,6 +113,7 @@ def dot(a, b):
 
 
 @pytest.mark.few(1)
+@pytest.mark.often(2)
 @pytest.mark.parametrize(("kind", "layout"), but([("kl", "dense"), ("tsallis", "successor")], CASES))
 def test_first_derivatives(kind, layout):
     theta = parameters(kind, layout)
@@ -155,6 +156,7 @@ def ravel(tree):
     return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout", "mode"),

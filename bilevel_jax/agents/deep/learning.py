@@ -81,12 +81,14 @@ class Episodes(eqx.Module):
         return cls(jnp.zeros(processes), jnp.zeros(processes, jnp.int32), nan, nan, jnp.zeros((), jnp.int32))
 
     def after(self, seen: Trajectory) -> "Episodes":
-        """After the steps of a trajectory of `collect`, [B, H]."""
+        """After the steps of a trajectory of `collect`, [B, H]. Steps that are not `valid` have no reward, and do not
+        count.
+        """
 
         def step(carry, now):
             returns, lengths, total, steps, count = carry
-            reward, ended = now
-            returns, lengths = returns + reward, lengths + 1
+            reward, ended, valid = now
+            returns, lengths = returns + reward, lengths + valid.astype(jnp.int32)
             total = total + jnp.sum(jnp.where(ended, returns, 0))
             steps = steps + jnp.sum(jnp.where(ended, lengths, 0), dtype=jnp.int32)
             count = count + jnp.sum(ended, dtype=jnp.int32)
@@ -94,7 +96,7 @@ class Episodes(eqx.Module):
 
         nothing = jnp.zeros((), jnp.int32)
         first = (self.returns, self.lengths, jnp.zeros((), self.returns.dtype), nothing, nothing)
-        by_time = (seen.reward.astype(self.returns.dtype).T, (seen.terminated | seen.truncated).T)
+        by_time = (seen.reward.astype(self.returns.dtype).T, (seen.terminated | seen.truncated).T, seen.valid.T)
         (returns, lengths, total, steps, count), _ = lax.scan(step, first, by_time)
         some, ended = count > 0, jnp.maximum(count, 1).astype(total.dtype)
         return Episodes(

@@ -38,6 +38,7 @@ CLOSE = 2e-3
 
 
 @pytest.mark.slow
+@pytest.mark.often(2)
 @pytest.mark.parametrize("options", [{}, {"normalize": False}, {"value_clip": 0.1}, {"trace": 0.0}, {"clip": 0.05}])
 def test_it_finds_the_optimal_policy(options):
     table = Table()

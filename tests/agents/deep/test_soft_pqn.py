@@ -33,6 +33,7 @@ def improved(agent, problem, x, times, state=None, key=KEY):
     return state
 
 
+@pytest.mark.often(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("trace", [0.0, 0.9])
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_returns_of_episodes_against_a_loop():
     rng = np.random.default_rng(1)
     rewards, ends = rng.normal(size=(3, 30)), rng.random((3, 30)) < 0.2
     seen = [
-        Trajectory(None, None, None, None, jnp.asarray(r), None, jnp.asarray(e), jnp.zeros_like(e), None)
+        Trajectory(None, None, None, None, jnp.asarray(r), None, jnp.asarray(e), jnp.zeros_like(e), jnp.ones_like(e))
         for r, e in zip(np.split(rewards, 3, 1), np.split(ends, 3, 1), strict=True)
     ]
     episodes, running, count = Episodes.start(3), np.zeros(3), 0

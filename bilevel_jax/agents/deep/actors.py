@@ -42,6 +42,20 @@ class GaussianActor(Policy):
         return of_numbers(self.network.apply(self.params, observation), self.space, squash=self.squash)
 
 
+class Exploring(Policy):
+    """A policy, replaced with probability epsilon by the uniform one over the actions that are allowed.
+
+    `policy` has the field `regularizer`, which says what is allowed.
+    """
+
+    policy: Any
+    epsilon: Float[Array, ""]
+
+    def distribution(self, observation):
+        chances = finite(self.policy.distribution(observation)).probabilities
+        return Categorical(mixed(at_states(self.policy.regularizer, observation), chances, self.epsilon))
+
+
 class UniformFirst(Policy):
     """A policy, or while `first` actions drawn uniformly from those that are allowed.
 
@@ -53,9 +67,7 @@ class UniformFirst(Policy):
 
     def distribution(self, observation):
         if isinstance(self.policy, CategoricalActor):
-            chances = finite(self.policy.distribution(observation)).probabilities
-            local = at_states(self.policy.regularizer, observation)
-            return Categorical(mixed(local, chances, self.first.astype(chances.dtype)))
+            return Exploring(self.policy, self.first.astype(float)).distribution(observation)
         space, learned = self.policy.space, self.policy.distribution(observation)
         nothing = jnp.zeros(space.shape, space.dtype)
         start = Uniform(space.low, space.high) if self.policy.squash else Gaussian(nothing, nothing)

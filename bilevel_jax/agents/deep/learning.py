@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
 from bilevel_jax.bilevel import SampledProblem
-from bilevel_jax.core.batching import merge_axes
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.promotion import usual_promotion
 from bilevel_jax.core.schedules import as_schedule
@@ -184,17 +183,7 @@ def require_divisible(processes: int, steps: int, minibatches: int) -> None:
         )
 
 
-def flat(seen: Any) -> Any:
-    """[B, H, ...] as [B H, ...]."""
-    return merge_axes(seen)
-
-
 def entropy(probabilities: Float[Array, "N A"]) -> Float[Array, ""]:
     """The mean entropy of policies in nats, []."""
     logs = jnp.log(jnp.where(probabilities > 0, probabilities, 1))
     return -jnp.mean(jnp.sum(probabilities * logs, -1))
-
-
-def ends(seen: Trajectory) -> Bool[Array, "B H"]:
-    """Where episodes ended."""
-    return seen.terminated | seen.truncated

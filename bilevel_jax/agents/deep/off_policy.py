@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Int32, Integer, PRNGKeyArray
 
 from bilevel_jax import replay
 from bilevel_jax.agents.deep.actors import CategoricalActor, GaussianActor, UniformFirst
-from bilevel_jax.agents.deep.learning import Episodes, Optimizer, flat, step_rewards
+from bilevel_jax.agents.deep.learning import Episodes, Optimizer, step_rewards
 from bilevel_jax.agents.processes import as_limit, simulator
 from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.bilevel import SampledProblem
+from bilevel_jax.core.batching import merge_axes
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.schedules import Schedule
 from bilevel_jax.core.sizes import size
@@ -45,7 +46,9 @@ class Step(NamedTuple):
     def of(cls, seen: Trajectory) -> "Step":
         """The steps of a trajectory of `collect` [B, H], as [B H]."""
         reward = seen.reward.astype(jnp.result_type(float))
-        return flat(cls(seen.observation, seen.action, reward, seen.next_observation, seen.terminated, seen.valid))
+        return merge_axes(
+            cls(seen.observation, seen.action, reward, seen.next_observation, seen.terminated, seen.valid)
+        )
 
     @classmethod
     def shapes(cls, environment: Environment) -> "Step":

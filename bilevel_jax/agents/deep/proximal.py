@@ -15,7 +15,6 @@ from bilevel_jax.agents.deep.gaussian import require_box
 from bilevel_jax.agents.deep.learning import (
     Episodes,
     Optimizer,
-    flat,
     minibatch_steps,
     require_divisible,
     returns_with_traces,
@@ -24,6 +23,7 @@ from bilevel_jax.agents.deep.learning import (
 from bilevel_jax.agents.processes import as_limit, as_unit, at_states, simulator
 from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.bilevel import SampledProblem
+from bilevel_jax.core.batching import merge_axes
 from bilevel_jax.core.schedules import Schedule
 from bilevel_jax.core.sizes import size
 from bilevel_jax.core.validation import as_float, plain, require_at_least, require_positive
@@ -197,7 +197,7 @@ class PPO(Agent):
 
         Steps that are not `valid` have no weight.
         """
-        data = flat(self._targets(state, problem, x, seen))
+        data = merge_axes(self._targets(state, problem, x, seen))
 
         def step(carry: Any, batch: _Batch) -> tuple[Any, dict[str, Float[Array, ""]]]:
             params, optimizer_state = carry
@@ -227,9 +227,9 @@ class PPO(Agent):
         """What an update learns from, [B, H]."""
         shape = seen.reward.shape
         actor, critic = state.params
-        observation, action = flat(seen.observation), flat(seen.action)
+        observation, action = merge_axes(seen.observation), merge_axes(seen.action)
         values = self._values(critic, observation).reshape(shape)
-        following = self._values(critic, flat(seen.next_observation)).reshape(shape)
+        following = self._values(critic, merge_axes(seen.next_observation)).reshape(shape)
         distributions = jax.vmap(self._actor(actor, problem, x).distribution)(observation)
         logs = jax.vmap(lambda one, action: one.log_prob(action))(distributions, action)
         rewards = step_rewards(problem, x, seen).astype(values.dtype)

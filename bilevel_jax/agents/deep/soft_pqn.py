@@ -9,22 +9,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, PRNGKeyArray
 
+from bilevel_jax.agents.deep.actors import Exploring
 from bilevel_jax.agents.deep.learning import (
     Episodes,
     Optimizer,
     entropy,
-    flat,
     minibatch_steps,
     require_divisible,
     returns_with_traces,
     step_rewards,
 )
-from bilevel_jax.agents.processes import as_limit, as_unit, at_states, mixed, simulator, take
+from bilevel_jax.agents.processes import as_limit, as_unit, at_states, simulator, take
 from bilevel_jax.agents.protocol import Agent
+from bilevel_jax.core.batching import merge_axes
 from bilevel_jax.core.schedules import Schedule
 from bilevel_jax.core.sizes import size
 from bilevel_jax.environments import Categorical, Policy, Processes, Trajectory, collect, start_processes
-from bilevel_jax.environments.policies import finite
 from bilevel_jax.mdp.regularizers import Regularizer
 from bilevel_jax.networks import MLP, Network
 
@@ -160,11 +160,11 @@ class SoftPQN(Agent):
         """
         regularizer = problem.regularizer(x)
         rewards = step_rewards(problem, x, seen)
-        q = self._values(state.params, flat(seen.next_observation))
+        q = self._values(state.params, merge_axes(seen.next_observation))
         rewards = rewards.astype(q.dtype)
-        local = at_states(regularizer, flat(seen.next_observation))
+        local = at_states(regularizer, merge_axes(seen.next_observation))
         following = local.conjugate(q).reshape(rewards.shape)
-        policy, ahead = local.policy(q), flat(jnp.roll(seen.action, -1, 1))
+        policy, ahead = local.policy(q), merge_axes(jnp.roll(seen.action, -1, 1))
         taken, chance = take(q, ahead).reshape(rewards.shape), take(policy, ahead).reshape(rewards.shape)
         ratio = chance / jnp.roll(seen.probability, -1, 1).astype(q.dtype)
         trace = self.trace.astype(q.dtype) * jnp.minimum(1, ratio)
@@ -192,7 +192,7 @@ class SoftPQN(Agent):
         (params, optimizer_state), numbers = minibatch_steps(
             key,
             (state.params, state.optimizer_state),
-            flat(data),
+            merge_axes(data),
             step,
             epochs=self.epochs,
             minibatches=self.minibatches,
@@ -241,14 +241,3 @@ class ValuePolicy(Policy):
 
     def distribution(self, observation):
         return Categorical(at_states(self.regularizer, observation).policy(self.q(observation)))
-
-
-class Exploring(Policy):
-    """A policy, replaced with probability epsilon by the uniform one over the actions that are allowed."""
-
-    policy: ValuePolicy
-    epsilon: Float[Array, ""]
-
-    def distribution(self, observation):
-        chances = finite(self.policy.distribution(observation)).probabilities
-        return Categorical(mixed(at_states(self.policy.regularizer, observation), chances, self.epsilon))

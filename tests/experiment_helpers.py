@@ -17,6 +17,7 @@ import yaml
 
 import bilevel_jax as bj
 from bilevel_jax.experiments import cli
+from bilevel_jax.experiments.choices import choices
 from bilevel_jax.experiments.config import Config, from_directory, load
 from bilevel_jax.experiments.program import Program
 from bilevel_jax.experiments.trainer import Trainer
@@ -220,3 +221,9 @@ def assert_picture(path: Path) -> None:
     assert pixels.ndim == 3
     assert min(pixels.shape[:2]) > 200
     assert pixels[..., :3].std() > 0.01
+
+
+def library_choices(*bases):
+    """The choices that the library itself has; classes of other test modules in this process count as a user's."""
+    found = choices(bases)
+    return {name: choice for name, choice in found.items() if choice.build.__module__.startswith("bilevel_jax.")}

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from experiment_helpers import command, read_rows, write
+from experiment_helpers import command, library_choices, read_rows, write
 
 import bilevel_jax as bj
 from bilevel_jax.core.options import choices as discrete
@@ -57,7 +57,7 @@ def section(name):
 
 def places():
     """Where each thing may stand in a config, with the thing."""
-    yield from (("algorithm", f"algorithm: {section(name)}") for name in choices((bj.algorithms.Algorithm,)))
+    yield from (("algorithm", f"algorithm: {section(name)}") for name in library_choices(bj.algorithms.Algorithm))
     yield from (("optimizer", f"algorithm: implicit\noptimizer: {section(name)}") for name in optimizers())
     yield from (("projection", f"algorithm: implicit\nprojection: {section(name)}") for name in projections())
     templates = {
@@ -73,11 +73,11 @@ def places():
     }
     assert set(templates) == set(KINDS)
     for kind, template in templates.items():
-        for name in sorted(set(choices((KINDS[kind],))) - ELSEWHERE):
+        for name in sorted(set(library_choices(KINDS[kind])) - ELSEWHERE):
             yield kind, template.replace("%s", section(name))
     yield from (
         ("adjoint", templates["solver"].replace("solver:", "adjoint:") % section(n))
-        for n in choices((bj.LinearSolver,))
+        for n in library_choices(bj.LinearSolver)
     )
 
 
@@ -95,7 +95,7 @@ def test_every_public_class_can_be_named():
 
 def test_names_are_told_apart_and_have_a_summary():
     for base in KINDS.values():
-        found = choices((base,))
+        found = library_choices(base)
         assert found
         for name, choice in found.items():
             assert name == choice.name

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 import yaml
-from experiment_helpers import BARE_SYNTHETIC, ROOMS_BY_ADAM, write
+from experiment_helpers import BARE_SYNTHETIC, ROOMS_BY_ADAM, library_choices, write
 
 from bilevel_jax import problems
 from bilevel_jax.core.errors import InputError
-from bilevel_jax.experiments.choices import KINDS, choices, optimizers
+from bilevel_jax.experiments.choices import KINDS, optimizers
 from bilevel_jax.experiments.config import Config, load, sweepable
 
 pytestmark = pytest.mark.usefixtures("nothing_is_computed")
@@ -184,7 +184,7 @@ def test_grid_order_and_content(tmp_path):
 
 def combinations() -> list[tuple[str, ...]]:
     """Every problem, solver, linear solver and optimizer, each with some of the others."""
-    names = [list(problems.names()), *(list(choices((KINDS[kind],))) for kind in ("solver", "linear solver"))]
+    names = [list(problems.names()), *(list(library_choices(KINDS[kind])) for kind in ("solver", "linear solver"))]
     names.append([name for name in optimizers() if name != "lbfgs"])
     rounds = max(map(len, names))
     return [tuple(column[i % len(column)] for column in names) for i in range(rounds)]

@@ -32,7 +32,7 @@ ABOVE = {
     "bilevel": ("solvers", "environments"),
     "hypergradient": ("bilevel",),
     # Problems describe MDPs and simulators, evaluate policies and solve for those of experts; they know no gradients.
-    "problems": ("bilevel", "criteria", "preferences"),
+    "problems": ("bilevel", "criteria", "preferences", "networks"),
     "estimators": ("bilevel", "hypergradient", "networks", "preferences"),
     "replay": ("core",),
     "agents": ("bilevel", "networks", "replay"),

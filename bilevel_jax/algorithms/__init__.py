@@ -8,7 +8,9 @@ from bilevel_jax.algorithms.model.implicit import implicit
 from bilevel_jax.algorithms.model.m_sobirl import m_sobirl
 from bilevel_jax.algorithms.model.pbrl import pbrl
 from bilevel_jax.algorithms.registry import algorithm_names, make_algorithm, register_algorithm, requires
+from bilevel_jax.algorithms.sampled.agent_alone import agent_alone
 from bilevel_jax.algorithms.sampled.attenuating_actor_critic import attenuating_actor_critic
+from bilevel_jax.algorithms.sampled.base import default_agent
 from bilevel_jax.algorithms.sampled.bc_hg import bc_hg
 from bilevel_jax.algorithms.sampled.hpgd import hpgd
 from bilevel_jax.algorithms.sampled.naive import naive
@@ -29,12 +31,14 @@ __all__ = [
     "State",
     "StocSchedule",
     "UpperLevel",
+    "agent_alone",
     "algorithm_names",
     "amd",
     "attenuating_actor_critic",
     "basin_hopping",
     "bc_hg",
     "cost",
+    "default_agent",
     "hpgd",
     "implicit",
     "m_sobirl",

@@ -180,7 +180,7 @@ def estimate_from(
     baseline = LeaveOneOut() if baseline is None else baseline
     _require_fitting(response, baseline)
     _, for_response = jax.random.split(key)
-    count, horizon = groups.action.shape[0], groups.action.shape[-1]
+    count, horizon = groups.valid.shape[0], groups.valid.shape[-1]
     weights = jnp.ones(count) if weights is None else weights
     temperature = temperature_of(problem, x)
 

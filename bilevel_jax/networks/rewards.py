@@ -27,6 +27,7 @@ class RewardNetwork(eqx.Module):
         response `OneStep` refuses it, `NestedRollouts` and `EligibilityTrace` do not.
       space: the action space of the environment.
       scale: multiplies the network's outputs.
+      bound: rewards are in (-bound, bound): bound tanh(scale output / bound). None does not bound them.
 
     Example:
       >>> space = bj.environments.Discrete(2)
@@ -40,15 +41,18 @@ class RewardNetwork(eqx.Module):
     inputs: Inputs = eqx.field(static=True)
     space: Space
     scale: Any = 1.0
+    bound: Any = None
 
     def __check_init__(self):
         if self.inputs not in ("state", "state_action", "next_state"):
             raise InputError(f"inputs: expected state, state_action or next_state, got {self.inputs!r}")
 
     @classmethod
-    def of(cls, environment: Environment, network: Network, inputs: Inputs, scale: Any = 1.0) -> "RewardNetwork":
+    def of(
+        cls, environment: Environment, network: Network, inputs: Inputs, scale: Any = 1.0, bound: Any = None
+    ) -> "RewardNetwork":
         """The reward model for an environment."""
-        return cls(network, inputs, environment.action_space, scale)
+        return cls(network, inputs, environment.action_space, scale, bound)
 
     @property
     def outputs(self) -> int:
@@ -64,9 +68,13 @@ class RewardNetwork(eqx.Module):
         return NetworkReward(self, x)
 
     def numbers(self, x: Any, observation: Any, action: Any) -> Float[Array, " outputs"]:
-        """The scaled outputs of the network. `action` counts where the space is a `Box`."""
+        """The scaled and bounded outputs of the network. `action` counts where the space is a `Box`."""
         made = self.network.apply(x, self._input(observation, action))
-        return made * jnp.asarray(self.scale, made.dtype)
+        made = made * jnp.asarray(self.scale, made.dtype)
+        if self.bound is None:
+            return made
+        bound = jnp.asarray(self.bound, made.dtype)
+        return bound * jnp.tanh(made / bound)
 
     def _input(self, observation: Any, action: Any) -> Any:
         both = self.inputs == "state_action" and isinstance(self.space, Box)

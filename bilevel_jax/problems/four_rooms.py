@@ -5,7 +5,7 @@ likes. Two contexts (goals), known to the agent, with probability 1/2 each.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -22,8 +22,16 @@ from bilevel_jax.environments import TabularEnvironment
 from bilevel_jax.mdp.process import MDP
 from bilevel_jax.mdp.regularizers import ShannonEntropy
 from bilevel_jax.mdp.transitions import Transition
+from bilevel_jax.networks import MLP, Network
 from bilevel_jax.problems.grid import MOVES, Grid, dynamics, map_rows, parse_map
-from bilevel_jax.problems.options import as_fraction, as_sequence, require_room_to_solve, require_size
+from bilevel_jax.problems.options import (
+    MOST_STEPS,
+    as_fraction,
+    as_sequence,
+    refuse_unused,
+    require_room_to_solve,
+    require_size,
+)
 from bilevel_jax.problems.panels import grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.solvers.policy_value import policy_value
@@ -43,7 +51,7 @@ ROWS = (
     "x     x    gx",
     "xxxxxxxxxxxxx",
 )
-MOST_STEPS = 1_000_000
+MOST_WIDTH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +66,9 @@ class FourRoomsOptions:
     rows: of the map: x is a wall, s the start, g a goal (a context each), t the cell that the designer likes, d a
       door; all else is free.
     penalties: "cells", each can have one; or "doors", only they can.
+    variable: "weights", one per cell with a penalty and a spare one; or "network", which has them as a function of the
+      cell's coordinates.
+    width: of the network's hidden layers.
     closed: probability that a door is closed when the agent moves to it, which then stays where it was.
     goals: (row, column) of the goal in each context, instead of the letters.
     origin: (row, column) where the agent starts, instead of the letter.
@@ -73,6 +84,8 @@ class FourRoomsOptions:
     slip: float = 0.44
     rows: tuple[str, ...] = ROWS
     penalties: Literal["cells", "doors"] = "cells"
+    variable: Literal["weights", "network"] = "weights"
+    width: int = 32
     closed: float = 0.0
     goals: tuple[tuple[int, int], ...] | None = None
     origin: tuple[int, int] | None = None
@@ -83,6 +96,9 @@ class FourRoomsOptions:
 
 class FourRooms(Problem, SampledProblem):
     """The problem. The upper variable is w[n + 1], the n cells with a penalty in row-major order, then a spare one.
+
+    With a network it is a dictionary, {"network": parameters, "spare": []}: the network gives w of a cell from its
+    place, a row and a column from -1 to 1.
 
     penalty[c] = -max_penalty * softmax(w)[c]: the agent pays it for acting in cell c, except at its
     goal. Acting at the goal pays 1 and ends the episode (discount 0 there). The designer maximises the
@@ -105,6 +121,8 @@ class FourRooms(Problem, SampledProblem):
     at_goal: Bool[Array, "C S"]
     at_target: Bool[Array, " S"]
     place: Int32[Array, " n"]  # the states with a penalty
+    coordinates: Float[Array, "n 2"]  # of these, from -1 to 1
+    network: Network | None
     initial: Float[Array, " S"]
     environment: TabularEnvironment
     horizon: int = eqx.field(static=True, converter=plain("horizon"))
@@ -132,9 +150,11 @@ class FourRooms(Problem, SampledProblem):
         if options.penalties == "doors":
             grid.marked("d", "door")
         self.place = jnp.asarray(np.flatnonzero(doors | (options.penalties == "cells")), jnp.int32)
+        self.coordinates = _coordinates(grid)[self.place]
+        self.network = _network(options)
         require_size(options, "horizon", most=MOST_STEPS)
         self.horizon = int(options.horizon)
-        mdp = self.mdp(jnp.zeros(self.place.size + 1))  # checks the discount where it is known
+        mdp = self._process(jnp.ones((*self.at_goal.shape, 1)))  # checks the discount where it is known
         by_successor = dynamics(grid, options.slip, "successor", entry)
         self.environment = TabularEnvironment(mdp.replace(transition=by_successor))
 
@@ -153,13 +173,15 @@ class FourRooms(Problem, SampledProblem):
         """The map; `incentive(x)` is a function of its cells."""
         return parse_map(self.rows)
 
-    def start(self, key: PRNGKeyArray) -> Float[Array, " n_and_spare"]:
-        """w ~ N(0, 0.01^2)."""
-        return 0.01 * jax.random.normal(key, (self.place.size + 1,))
+    def start(self, key: PRNGKeyArray) -> Any:
+        """w ~ N(0, 0.01^2), or a network drawn at random whose outputs are small, and 0."""
+        if self.network is None:
+            return 0.01 * jax.random.normal(key, (self.place.size + 1,))
+        return {"network": self.network.init(key, self.coordinates[0], 1), "spare": jnp.zeros(())}
 
-    def incentive(self, x: Float[ArrayLike, " n_and_spare"]) -> Float[Array, " S"]:
+    def incentive(self, x: Any) -> Float[Array, " S"]:
         """The penalty of each cell, at most 0."""
-        penalty = -self.max_penalty * jax.nn.softmax(x)[:-1]
+        penalty = -self.max_penalty * jax.nn.softmax(self._weights(x))[:-1]
         if self.place.size == self.at_target.size:  # every cell
             return penalty
         return jnp.zeros(self.at_target.shape, penalty.dtype).at[self.place].set(penalty)
@@ -201,7 +223,14 @@ class FourRooms(Problem, SampledProblem):
             for context in range(contexts)
         )
 
-    def _designer_reward(self, x: Float[Array, " n_and_spare"]) -> Float[Array, "C S"]:
+    def _weights(self, x: Any) -> Float[ArrayLike, " n_and_spare"]:
+        """w."""
+        if self.network is None:
+            return x
+        of_cells = jax.vmap(self.network.apply, (None, 0))(x["network"], self.coordinates)
+        return jnp.append(of_cells[:, 0], x["spare"])
+
+    def _designer_reward(self, x: Any) -> Float[Array, "C S"]:
         """What the designer gets in each context and state."""
         price = self.beta * jnp.sum(jnp.abs(self.incentive(x)))
         return jnp.where(self.at_goal, -price, 0) + self.at_target.astype(price.dtype)[None]
@@ -211,6 +240,21 @@ class FourRooms(Problem, SampledProblem):
         shape = (*self.at_goal.shape, self.transition.shape[-1])
         discount = jnp.where(self.at_goal, 0, self.discount)[..., None]
         return MDP(self.transition, jnp.broadcast_to(reward, shape), jnp.broadcast_to(discount, shape), self.initial)
+
+
+def _coordinates(grid: Grid) -> Float[Array, "S 2"]:
+    """The row and the column of each cell, each from -1 to 1."""
+    cells = np.asarray(grid.cells, float)
+    middle = (cells.max(0) + cells.min(0)) / 2
+    return jnp.asarray((cells - middle) / np.maximum(cells.max(0) - middle, 1), float)
+
+
+def _network(options: FourRoomsOptions) -> Network | None:
+    require_size(options, "width", most=MOST_WIDTH, why="networks that are wider than the map are of no use")
+    if options.variable == "network":
+        return MLP(width=options.width)
+    refuse_unused(options, ("width",), "has no effect unless variable is 'network'")
+    return None
 
 
 def _goals(grid: Grid, options: FourRoomsOptions) -> Bool[np.ndarray, "C S"]:

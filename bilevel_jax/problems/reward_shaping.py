@@ -23,13 +23,12 @@ from bilevel_jax.mdp.process import MDP
 from bilevel_jax.mdp.regularizers import ShannonEntropy
 from bilevel_jax.mdp.transitions import SuccessorTransition, Transition
 from bilevel_jax.problems.grid import dynamics, map_rows, parse_map
-from bilevel_jax.problems.options import refuse_unused, require_room_to_solve, require_whole
+from bilevel_jax.problems.options import MOST_STEPS, refuse_unused, require_room_to_solve, require_whole
 from bilevel_jax.problems.panels import Curves, grid_panel
 from bilevel_jax.problems.registry import register
 from bilevel_jax.solvers.policy_value import policy_value
 
 MOST = 10_000  # states
-MOST_STEPS = 1_000_000
 ROWS = (
     "xxxxxxxxx",
     "xd  x   x",

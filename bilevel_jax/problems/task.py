@@ -1,5 +1,6 @@
 """A reinforcement-learning task as a problem: an environment and its own rewards, with nothing for the upper level."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -8,10 +9,34 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.bilevel import SampledProblem
 from bilevel_jax.core.functions import ActionFunction
+from bilevel_jax.core.options import require_choices
 from bilevel_jax.core.validation import as_float, as_size, require_fraction
 from bilevel_jax.environments import Environment, require_every_action
 from bilevel_jax.environments.spaces import Box
 from bilevel_jax.mdp.regularizers import Regularizer, ShannonEntropy
+from bilevel_jax.problems.options import MOST_STEPS, refuse_unused, require_size
+from bilevel_jax.problems.registry import register
+from bilevel_jax.problems.simulators import CLASSIC, Classic, of_gymnax
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskOptions:
+    """A reinforcement-learning task for an agent alone: classic control, or an environment of gymnax.
+
+    environment: a task of classic control.
+    gymnax: the name of an environment of gymnax instead, such as "Breakout-MinAtar"; needs the extra gymnax.
+    temperature: of the agent's entropy, in units of the scaled reward.
+    scale: multiplies the rewards that the agent learns from.
+    discount: of the agent.
+    horizon: the most steps of an episode.
+    """
+
+    environment: Classic = "cart_pole"
+    gymnax: str = ""
+    temperature: float = 0.05
+    scale: float = 0.1
+    discount: float = 0.99
+    horizon: int = 500
 
 
 class Task(SampledProblem):
@@ -104,3 +129,20 @@ class _Nothing(ActionFunction):
     def all(self, observation):
         del observation
         return jnp.zeros(self.num_actions or 0)
+
+
+def _build(options: TaskOptions) -> Task:
+    require_choices(options)
+    require_size(options, "horizon", most=MOST_STEPS)
+    if options.gymnax != "":
+        refuse_unused(options, ("environment",), "has no effect where gymnax names the environment")
+    return Task(
+        of_gymnax(options.gymnax) if options.gymnax else CLASSIC[options.environment](),
+        temperature=options.temperature,
+        scale=options.scale,
+        discount=options.discount,
+        horizon=options.horizon,
+    )
+
+
+register("task", TaskOptions, _build)

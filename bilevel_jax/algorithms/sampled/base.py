@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, Real
 
-from bilevel_jax.agents import Agent, ExactAgent, SoftQLearning
+from bilevel_jax.agents import Agent, ExactAgent, GaussianActorCritic, SoftPQN, SoftQLearning
 from bilevel_jax.algorithms.base import Algorithm, Estimate, Report, State, regularizer_of
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level, at_iteration
 from bilevel_jax.bilevel import Problem, SampledProblem
 from bilevel_jax.core.errors import RequirementError
 from bilevel_jax.core.results import Result
-from bilevel_jax.environments import Policy, TabularEnvironment
+from bilevel_jax.environments import Box, Policy, TabularEnvironment
 from bilevel_jax.mdp import KLDivergence, ShannonEntropy
 
 
@@ -30,12 +30,15 @@ class Learned(eqx.Module):
 
 
 class SampledEstimate(eqx.Module):
-    """The result of `estimate_from_samples`: value, gradient, memory and effective sample size."""
+    """The result of `estimate_from_samples`: value, gradient, memory and effective sample size; and further numbers by
+    name for the info.
+    """
 
     value: Float[Array, ""]
     gradient: Any
     memory: Any
     effective_sample_size: Float[Array, ""]
+    reports: dict[str, Float[Array, ""]] = eqx.field(default_factory=dict)
 
 
 class SampledAlgorithm(Algorithm):
@@ -116,23 +119,44 @@ class SampledAlgorithm(Algorithm):
                 "hyper-gradient estimate": Report(result),
                 "effective_sample_size": made.effective_sample_size.astype(made.value.dtype),
                 "agent": self.report_agent(agent),
+                **made.reports,
             },
         )
 
 
 def as_agent(problem: Any, agent: Agent | None) -> Agent:
-    """The agent, or by default `ExactAgent()` where the problem has a model, and `SoftQLearning()` elsewhere.
+    """The agent, or `default_agent(problem)` for None.
 
     Raises:
       RequirementError: an exact agent for a problem without a model.
     """
-    has_model = isinstance(problem, Problem)
-    if isinstance(agent, ExactAgent) and not has_model:
-        reason = "has no model for an ExactAgent; SoftQLearning learns from samples"
+    if isinstance(agent, ExactAgent) and not isinstance(problem, Problem):
+        reason = "has no model for an ExactAgent; SoftQLearning and SoftPQN learn from samples"
         raise RequirementError(type(problem).__name__, reason)
-    if agent is None:
-        return ExactAgent() if has_model else SoftQLearning()
-    return agent
+    return default_agent(problem) if agent is None else agent
+
+
+def default_agent(problem: Any) -> Agent:
+    """The agent of an algorithm to which none was given.
+
+    `ExactAgent()`, an oracle, where the problem has a model. Elsewhere `SoftQLearning()` on a table or on a problem's
+    features, `GaussianActorCritic()` for continuous actions, and `SoftPQN()` for the rest.
+
+    Example:
+      >>> task = bj.problems.Task(bj.environments.classic.CartPole())
+      >>> type(bj.algorithms.default_agent(task)).__name__
+      'SoftPQN'
+    """
+    if isinstance(problem, Problem):
+        return ExactAgent()
+    if learns_linearly(problem):
+        return SoftQLearning()
+    return GaussianActorCritic() if isinstance(problem.environment.action_space, Box) else SoftPQN()
+
+
+def learns_linearly(problem: SampledProblem) -> bool:
+    """Whether an agent without a network can learn: on a table, or on the problem's features."""
+    return isinstance(problem.environment, TabularEnvironment) or getattr(problem, "features", None) is not None
 
 
 def batch_steps(problem: SampledProblem, batch: int) -> int:

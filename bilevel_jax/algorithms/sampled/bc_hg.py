@@ -100,7 +100,7 @@ def bc_hg(
     `hpgd`.
 
     Args:
-      agent: the lower level; None is `ExactAgent()` where the problem has a model, and `SoftQLearning()` elsewhere.
+      agent: the lower level; None is `default_agent(problem)`.
       critic_step_size: step size of SARSA, in (0, 1] (published grid: 0.1 to 1).
 
     Raises:

@@ -74,7 +74,7 @@ def hpgd(
     context per iteration. A loss that is paid as a whole (not [H]) counts as paid at the last step.
 
     Args:
-      agent: the lower level; None is `ExactAgent()` where the problem has a model, and `SoftQLearning()` elsewhere.
+      agent: the lower level; None is `default_agent(problem)`.
       batch: groups of trajectories per iteration (static).
 
     Raises:

@@ -59,7 +59,7 @@ def naive(
     point of this loop is in general no stationary point of the bilevel problem.
 
     Args:
-      agent: the lower level; None is `ExactAgent()` where the problem has a model, and `SoftQLearning()` elsewhere.
+      agent: the lower level; None is `default_agent(problem)`.
       batch: groups of trajectories per iteration (static).
 
     Raises:

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from bilevel_jax import replay
 from bilevel_jax.agents import Agent
@@ -15,7 +15,7 @@ from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.sampled.base import SampledAlgorithm, SampledEstimate, as_agent, batch_steps
 from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.bilevel import SampledProblem
-from bilevel_jax.core.validation import as_float, as_size, plain, require_positive
+from bilevel_jax.core.validation import as_float, as_size, plain, require_at_least, require_positive
 from bilevel_jax.environments import TabularEnvironment, Trajectory
 from bilevel_jax.estimators import (
     Baseline,
@@ -66,6 +66,7 @@ class SoBiRL(SampledAlgorithm):
     batch: int = eqx.field(static=True)
     reuse: Reuse | None = None
     pairings: int = eqx.field(default=1, static=True, converter=plain("pairings"))
+    max_ratio: Float[Array, ""] | None = None
 
     def init_estimator(self, x):
         return self.response.init(self.problem, x), self.baseline.init(self.problem), self._no_batches(x)
@@ -98,13 +99,16 @@ class SoBiRL(SampledAlgorithm):
             self.baseline,
             baseline_state,
             weights,
+            self.max_ratio,
         )
         learned, baseline_state = learn(False, learned, baseline_state)
+        parts = {"direct_norm": made.direct_norm, "implicit_norm": made.implicit_norm, "cosine": made.cosine}
         return SampledEstimate(
             value=made.value,
             gradient=made.gradient,
             memory=(learned, baseline_state, earlier),
             effective_sample_size=size,
+            reports={name: number for name, number in parts.items() if number is not None},
         )
 
     @property
@@ -161,6 +165,7 @@ def sobirl(
     baseline: Baseline | None = None,
     reuse: Reuse | None = None,
     pairings: int = 1,
+    max_ratio: Real[ArrayLike, ""] | None = None,
 ) -> SoBiRL:
     """SoBiRL (Yang, Gao and Yuan, AISTATS 2025, Algorithm 2) for any `SampledProblem`.
 
@@ -170,8 +175,7 @@ def sobirl(
     Args:
       problem: a `SampledProblem`; its numbers are leaves.
       optimizer: an optax transformation, or an `UpperLevel`.
-      agent: the lower level; None is `agents.ExactAgent()`, an oracle, where the problem has a model, and
-        `agents.SoftQLearning()` elsewhere.
+      agent: the lower level; None is `default_agent(problem)`.
       response: estimator of dQ* - dV*, see `estimators`.
       batch: groups of trajectories per iteration (static).
       baseline: None is `LeaveOneOut()`.
@@ -179,9 +183,12 @@ def sobirl(
         see `estimators.regroup`. The means of `LeaveOneOut` then contain groups that share a trajectory, which shrinks
         the gradient by about 1 / batch.
       reuse: `Reuse(...)` uses earlier batches again, weighted by importance; None does not.
+      max_ratio: the bound on the norm of the part of the gradient that comes from the policy's answer, over that of
+        the direct part; see `estimators.estimate`. The info then reports `direct_norm`, `implicit_norm` and `cosine`.
+        Infinity only reports them. None does neither.
 
     Raises:
-      InputError: batch below 1, pairings not from 1 to the batch.
+      InputError: batch below 1, pairings not from 1 to the batch, max_ratio below 0.
 
     Example:
       >>> problem = bj.problems.make("garnet", horizon=20)
@@ -192,8 +199,19 @@ def sobirl(
       ((8, 3), ())
     """
     baseline = LeaveOneOut() if baseline is None else baseline
+    if max_ratio is not None:
+        max_ratio = as_float("max_ratio", max_ratio, float)
+        require_at_least("max_ratio", max_ratio, 0, "1 allows for parts of one size, infinity does not bound")
     return SoBiRL(
-        problem, optimizer, as_agent(problem, agent), response, baseline, as_size("batch", batch), reuse, pairings
+        problem,
+        optimizer,
+        as_agent(problem, agent),
+        response,
+        baseline,
+        as_size("batch", batch),
+        reuse,
+        pairings,
+        max_ratio,
     )
 
 
@@ -207,27 +225,42 @@ def sobirl_by_problem(
     baseline: Baseline | None = None,
     reuse: Reuse | None = None,
     pairings: int | None = None,
+    max_ratio: Real[ArrayLike, ""] | None = None,
 ) -> SoBiRL:
     """SoBiRL (Yang, Gao and Yuan 2025) from trajectories, with defaults that suit the problem.
 
     Args:
       agent: see `sobirl`.
-      response: None is `LearnedModel()` on a table, else `NestedRollouts` over the steps that matter.
+      response: None is `default_response(problem)`.
       batch: groups of trajectories per iteration (static).
       baseline: None is `default_baseline(problem, response)`.
       reuse: see `sobirl`.
       pairings: None is 10 where losses compare trajectories and the response is a learned model, else 1.
+      max_ratio: see `sobirl`.
     """
-    if response is None:
-        length = min(steps_that_matter(float(problem.discount)), problem.horizon)
-        response = LearnedModel() if _is_tabular(problem) else NestedRollouts(length, visits=1)
+    response = default_response(problem) if response is None else response
     if pairings is None:
         compared = problem.trajectories > 1 and isinstance(response, LearnedModel)
         pairings = min(10, batch) if compared else 1
     baseline = default_baseline(problem, response) if baseline is None else baseline
     return sobirl(
-        problem, upper, agent=agent, response=response, batch=batch, baseline=baseline, reuse=reuse, pairings=pairings
+        problem,
+        upper,
+        agent=agent,
+        response=response,
+        batch=batch,
+        baseline=baseline,
+        reuse=reuse,
+        pairings=pairings,
+        max_ratio=max_ratio,
     )
+
+
+def default_response(problem: SampledProblem) -> Response:
+    """`LearnedModel()` on a table, else `NestedRollouts` over the steps that matter."""
+    if _is_tabular(problem):
+        return LearnedModel()
+    return NestedRollouts(min(steps_that_matter(float(problem.discount)), problem.horizon), visits=1)
 
 
 def default_baseline(problem: SampledProblem, response: Response) -> Baseline:

@@ -5,16 +5,18 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
+from jaxtyping import ArrayLike, Real
 
 from bilevel_jax.agents import Agent, SoftQLearning
 from bilevel_jax.algorithms.registry import register_algorithm
-from bilevel_jax.algorithms.sampled.sobirl import SoBiRL, default_baseline, sobirl
+from bilevel_jax.algorithms.sampled.base import default_agent, learns_linearly
+from bilevel_jax.algorithms.sampled.sobirl import SoBiRL, default_baseline, default_response, sobirl
 from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.bilevel import SampledProblem
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.validation import as_float, as_size, require_positive
 from bilevel_jax.environments import TabularEnvironment
-from bilevel_jax.estimators import Baseline, LearnedModel, NestedRollouts, Response, SharedRollouts
+from bilevel_jax.estimators import Baseline, NestedRollouts, Response, SharedRollouts
 
 
 class StocSchedule(NamedTuple):
@@ -84,6 +86,7 @@ def stoc_sobirl(
     agent: Agent | None = None,
     response: Response | None = None,
     baseline: Baseline | None = None,
+    max_ratio: Real[ArrayLike, ""] | None = None,
 ) -> SoBiRL:
     """Stoc-SoBiRL (Yang, Gao and Yuan, AISTATS 2025): x and the agent make one small step each per iteration.
 
@@ -95,10 +98,12 @@ def stoc_sobirl(
       iterations: K, for which the defaults are made.
       schedule: None is `stoc_schedule(iterations, problem.discount)`.
       optimizer: None is gradient descent with the schedule's step size.
-      agent: None is `SoftQLearning` with the schedule's sizes.
+      agent: None is `SoftQLearning` with the schedule's sizes on a table or on features, and
+        `default_agent(problem)` elsewhere.
       response: None is `SharedRollouts(schedule.length)` on a table, else
         `NestedRollouts(schedule.length, visits=1)`. `LearnedModel()` needs far fewer samples.
       baseline: None is `LeaveOneOut()`.
+      max_ratio: see `sobirl`.
 
     Example:
       >>> problem = bj.problems.make("garnet", horizon=20)
@@ -110,7 +115,7 @@ def stoc_sobirl(
     """
     if schedule is None:
         schedule = stoc_schedule(iterations, float(problem.discount))
-    if agent is None:
+    if agent is None and learns_linearly(problem):
         agent = SoftQLearning(
             processes=schedule.agent_batch, steps=schedule.length, step_size=jnp.asarray(schedule.agent_step_size)
         )
@@ -120,10 +125,11 @@ def stoc_sobirl(
     return sobirl(
         problem,
         optax.sgd(schedule.step_size) if optimizer is None else optimizer,
-        agent=agent,
+        agent=default_agent(problem) if agent is None else agent,
         response=response,
         batch=as_size("batch", schedule.batch),
         baseline=baseline,
+        max_ratio=max_ratio,
     )
 
 
@@ -135,22 +141,27 @@ def stoc_sobirl_within(
     agent: Agent | None = None,
     response: Response | None = None,
     baseline: Baseline | None = None,
+    max_ratio: Real[ArrayLike, ""] | None = None,
     transitions: int | None = None,
 ) -> SoBiRL:
     """Stoc-SoBiRL (Yang, Gao and Yuan 2025): agent and x learn at once, sizes by the schedule.
 
     Args:
       iterations: the number for which the schedule is made; None is as many as fit the budget, 1000 without one.
-      agent: None is `SoftQLearning` with the schedule's sizes.
-      response: None is `LearnedModel()`, which needs far fewer samples than the published rollouts.
+      agent: see `stoc_sobirl`.
+      response: None is `default_response(problem)`: on a table a learned model, which needs far fewer samples than the
+        published rollouts.
       baseline: None is `default_baseline(problem, response)`.
+      max_ratio: see `sobirl`.
       transitions: the budget.
     """
-    response = LearnedModel() if response is None else response
+    response = default_response(problem) if response is None else response
     baseline = default_baseline(problem, response) if baseline is None else baseline
 
     def made(count: int) -> SoBiRL:
-        return stoc_sobirl(problem, count, optimizer=upper, agent=agent, response=response, baseline=baseline)
+        return stoc_sobirl(
+            problem, count, optimizer=upper, agent=agent, response=response, baseline=baseline, max_ratio=max_ratio
+        )
 
     if iterations is not None or transitions is None:
         return made(1000 if iterations is None else iterations)

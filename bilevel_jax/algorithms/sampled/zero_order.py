@@ -89,7 +89,7 @@ def zero_order(
     drawn with the same random numbers, and u is constant, because a smaller u would increase the noise.
 
     Args:
-      agent: the lower level; None is `ExactAgent()` where the problem has a model, and `SoftQLearning()` elsewhere.
+      agent: the lower level; None is `default_agent(problem)`.
       radius: u, in units of x.
 
     Raises:

@@ -22,7 +22,8 @@ VARIANTS = {
     "synthetic": ("synthetic", {}, 20),  # at its minimum all is 0
     "tax_design": ("tax_design", {}, 300),
 }
-CASES = {name: (name, {}, ITERATIONS) for name in bj.problems.names()} | VARIANTS
+WITH_MODEL = [name for name in bj.problems.names() if isinstance(bj.problems.make(name), bj.Problem)]
+CASES = {name: (name, {}, ITERATIONS) for name in WITH_MODEL} | VARIANTS
 
 
 def draw(case: str) -> Path:

@@ -192,3 +192,8 @@ def upper_objective(x, solution):
 def upper_problem(kind: str, contexts: bool = False) -> bj.BilevelProblem:
     mdp = functools.partial(upper_mdp, contexts=CONTEXTS if contexts else None)
     return bj.BilevelProblem(mdp, functools.partial(upper_regularizer, kind=kind), upper_objective)
+
+
+# Problems that are simulators alone, and those that can be solved exactly.
+SIMULATORS = ("incentives", "task")
+WITH_MODEL = tuple(name for name in bj.problems.names() if name not in SIMULATORS)

@@ -187,7 +187,8 @@ def _option(parameter: inspect.Parameter) -> Option | None:
         (part for part in parts if typing.get_origin(part) is Literal or part in (bool, int, float, str)), None
     )
     if bases:  # beside a section, a number or text may stand where the annotation has both
-        return Option(parameter.name, default, hint=scalar, bases=bases)
+        beside = scalar | None if scalar is not None and nullable else scalar
+        return Option(parameter.name, default, hint=beside, bases=bases)
     if scalar is None and hint is Any:
         scalar = type(default) if isinstance(default, bool | int | float | str) else float | int
     if scalar is None:

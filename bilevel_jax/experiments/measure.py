@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 import bilevel_jax as bj
-from bilevel_jax.environments import TabularEnvironment, policy_table
+from bilevel_jax.environments import Greedy, TabularEnvironment, policy_table
+from bilevel_jax.environments.evaluation import WIDTH
 from bilevel_jax.estimators import group_costs, sample_groups
 from bilevel_jax.experiments.program import Inputs, Progress
 
@@ -20,7 +21,8 @@ from bilevel_jax.experiments.program import Inputs, Progress
 class Final(NamedTuple):
     """Where runs ended, batch axis first: the objective, its gradient's norm, codes and bounds, of the last x.
 
-    `policy` and `value` are those of the lower level there; None where they are not tabular. `best_x` is the x with the
+    `policy` and `value` are those of the lower level there; None where they are not tabular. `agent` are then the
+    leaves of the agent's policy, None else. `best_x` is the x with the
     least objective, `best_objective`, that the run saw, the last x included.
     """
 
@@ -33,6 +35,7 @@ class Final(NamedTuple):
     value: np.ndarray | None
     best_x: Any
     best_objective: np.ndarray
+    agent: Any = None
 
 
 def evaluated(inputs: Inputs, progress: Progress, samples: int) -> tuple[np.ndarray, np.ndarray]:
@@ -45,7 +48,7 @@ def evaluated(inputs: Inputs, progress: Progress, samples: int) -> tuple[np.ndar
         varying, shared = inputs.varying.problem, inputs.shared.problem
         value, norm = _exact(varying, shared, progress.state.x)
         return np.asarray(value), np.asarray(norm)
-    value = np.asarray(_sampled(inputs.varying, inputs.shared, progress.state, samples))
+    value = np.asarray(_sampled(inputs.varying, inputs.shared, progress.state, samples).objective)
     return value, np.full_like(value, np.nan)
 
 
@@ -54,13 +57,7 @@ def final(inputs: Inputs, progress: Progress, samples: int) -> Final:
     x, best_x = progress.state.x, progress.best_x
     algorithm = _algorithm(inputs)
     if not isinstance(algorithm.problem, bj.Problem):
-        objective, norm = evaluated(inputs, progress, samples)
-        # The objectives that an iteration reports are estimates: the least of them is none to choose by.
-        policy = None
-        if isinstance(algorithm.problem.environment, TabularEnvironment):
-            policy = np.asarray(_policies(inputs.varying, inputs.shared, progress.state))
-        codes = np.where(np.isfinite(objective), bj.Result.CONVERGED, bj.Result.NOT_FINITE)
-        return Final(jax.device_get(x), objective, norm, {}, codes, policy, None, jax.device_get(x), objective)
+        return _final_by_samples(inputs, progress, samples)
     varying, shared = inputs.varying.problem, inputs.shared.problem
     exact = jax.device_get(_solved(varying, shared, x))
     at_best = np.asarray(_solved(varying, shared, best_x).value)
@@ -96,6 +93,49 @@ def final(inputs: Inputs, progress: Progress, samples: int) -> Final:
     )
 
 
+def _final_by_samples(inputs: Inputs, progress: Progress, samples: int) -> Final:
+    """Where runs ended, without a model. The objective and the returns have intervals of 95%."""
+    made = jax.device_get(_sampled(inputs.varying, inputs.shared, progress.state, samples))
+    greedy = jax.device_get(_sampled(inputs.varying, inputs.shared, progress.state, samples, greedy=True))
+    columns = {}
+    for name, mean, error in (
+        ("objective", None, made.objective_error),
+        ("return", made.mean_return, made.return_error),
+        ("greedy_return", greedy.mean_return, greedy.return_error),
+    ):
+        if mean is not None:
+            columns[name] = mean
+        middle = made.objective if mean is None else mean
+        columns |= {f"{name}_low": middle - WIDTH * error, f"{name}_high": middle + WIDTH * error}
+    policy = agent = None
+    if isinstance(_algorithm(inputs).problem.environment, TabularEnvironment):
+        policy = np.asarray(_policies(inputs.varying, inputs.shared, progress.state))
+    else:
+        agent = jax.device_get(_agents(inputs.varying, inputs.shared, progress.state))
+    x, objective = jax.device_get(progress.state.x), made.objective
+    return Final(
+        x=x,
+        objective=objective,
+        gradient_norm=np.full_like(objective, np.nan),
+        columns=columns,
+        result=np.where(np.isfinite(objective), bj.Result.CONVERGED, bj.Result.NOT_FINITE),
+        policy=policy,
+        value=None,
+        best_x=x,  # the objectives that an iteration reports are estimates: the least of them is none to choose by
+        best_objective=objective,
+        agent=agent,
+    )
+
+
+class Sampled(NamedTuple):
+    """Means over trajectories and their standard errors: of the loss, and of the sum of the environment's rewards."""
+
+    objective: Any
+    objective_error: Any
+    mean_return: Any
+    return_error: Any
+
+
 def _algorithm(inputs: Inputs) -> Any:
     """The algorithm of the first run."""
     first = jax.tree.map(lambda leaf: leaf[0], inputs.varying)
@@ -129,18 +169,33 @@ def _stationarity(varying, shared, xs, gradients):
     return jax.vmap(lambda own, x, g: eqx.combine(own, shared).stationarity(x, g))(varying, xs, gradients)
 
 
-@partial(jax.jit, static_argnames="samples")
-def _sampled(varying, shared, states, samples):
+@partial(jax.jit, static_argnames=("samples", "greedy"))
+def _sampled(varying, shared, states, samples, greedy=False):
     def one(inputs):
         own, state = inputs
         algorithm = eqx.combine(own, shared)
         problem = algorithm.problem
         for_groups, for_loss = jax.random.split(jax.random.key(0))
-        groups = sample_groups(for_groups, problem, algorithm.policy(state), samples)
+        policy = algorithm.policy(state)
+        groups = sample_groups(for_groups, problem, Greedy(policy) if greedy else policy, samples)
         costs = group_costs(for_loss, problem, state.x, groups)
-        return jnp.sum(costs.factors[None] * costs.each) / samples
+        losses = jnp.sum(costs.factors[None] * costs.each, 1)
+        returns = jnp.sum(jnp.where(groups.valid, groups.reward, 0), -1).reshape(-1).astype(losses.dtype)
+        return Sampled(jnp.mean(losses), _error(losses), jnp.mean(returns), _error(returns))
 
     return jax.lax.map(one, (varying, states))
+
+
+def _error(numbers: jax.Array) -> jax.Array:
+    """The standard error of a mean; infinite with one number."""
+    if numbers.size == 1:
+        return jnp.asarray(jnp.inf, numbers.dtype)
+    return jnp.std(numbers, ddof=1) / numbers.size**0.5
+
+
+@jax.jit
+def _agents(varying, shared, states):
+    return jax.lax.map(lambda inputs: eqx.combine(inputs[0], shared).policy(inputs[1]), (varying, states))
 
 
 @jax.jit

@@ -136,7 +136,7 @@ def outcome_of(cell: Cell, stored: dict[int, tuple[int, dict[str, Any]]]) -> Out
     curves = Curves(
         **{name: curve(name) for name in CURVES}, columns={name.removeprefix("column "): curve(name) for name in names}
     )
-    finals = [name for name in first if name.startswith(("final ", "x", "best_x"))]
+    finals = [name for name in first if name.startswith(("final ", "x", "best_x", "agent"))]
     final: dict[str, np.ndarray] = {}
     for name in finals:
         if all(name in chunk["arrays"] for _, chunk in own):

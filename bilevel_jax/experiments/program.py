@@ -115,7 +115,8 @@ def _start_all(inputs: Inputs) -> Progress:
         algorithm = eqx.combine(varying, inputs.shared)
         state = algorithm.init(jax.random.fold_in(key, 0), algorithm.problem.start(key))
         cost = jnp.asarray(getattr(algorithm, "environment_steps", 0), float)
-        return Progress(state, jnp.asarray(0.0), cost, jnp.asarray(True), jnp.asarray(jnp.inf), state.x)
+        nothing, infinite = jnp.asarray(0.0, float), jnp.asarray(jnp.inf, float)
+        return Progress(state, nothing, cost, jnp.asarray(True), infinite, state.x)
 
     return jax.vmap(one)(inputs.varying, inputs.keys)
 

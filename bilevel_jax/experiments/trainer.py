@@ -158,6 +158,7 @@ class _Chunk:
                 arrays[f"final {name}"] = array[made]
         arrays |= {f"x{i}": np.asarray(leaf)[made] for i, leaf in enumerate(jax.tree.leaves(end.x))}
         arrays |= {f"best_x{i}": np.asarray(leaf)[made] for i, leaf in enumerate(jax.tree.leaves(end.best_x))}
+        arrays |= {f"agent{i}": leaf[made] for i, leaf in enumerate(jax.tree.leaves(end.agent))}
         described = {"compile_seconds": compile_seconds, "ended_by": walk.ended_by()}
         write_arrays(self.path, {"runs": np.asarray(self.runs), **arrays}, described)
         self.checkpoints.remove()

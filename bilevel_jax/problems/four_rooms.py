@@ -252,7 +252,8 @@ def _coordinates(grid: Grid) -> Float[Array, "S 2"]:
 def _network(options: FourRoomsOptions) -> Network | None:
     require_size(options, "width", most=MOST_WIDTH, why="networks that are wider than the map are of no use")
     if options.variable == "network":
-        return MLP(width=options.width)
+        # Smooth in its inputs and parameters: normalized layers have a kink where all inputs are 0, as in the middle.
+        return MLP(width=options.width, layer_norm=False, activation="silu")
     refuse_unused(options, ("width",), "has no effect unless variable is 'network'")
     return None
 

@@ -115,7 +115,9 @@ class Incentives(SampledProblem):
         self.environment = CLASSIC[self.work]()
         max_payment = as_float("max_payment", options.max_payment, float)
         require_positive("max_payment", max_payment, "it bounds the payments")
-        network = Scaled(jnp.asarray(WORK[self.work].scale), network=MLP(width=options.width))
+        network = Scaled(
+            jnp.asarray(WORK[self.work].scale), network=MLP(options.width, layer_norm=False, activation="silu")
+        )
         self.model = RewardNetwork.of(self.environment, network, options.inputs, bound=max_payment)
         self.effort = as_float("effort", options.effort, float)
         self.price = as_float("price", options.price, float)

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import yaml
 from experiment_helpers import command, library_choices, read_rows, write
 
 import bilevel_jax as bj
@@ -134,6 +135,16 @@ def test_two_classes_of_one_name_are_refused(tmp_path):
         r"\S*rival\.py\.PolicyIteration; give yours another name",
         called.stderr,
     )
+
+
+@pytest.mark.slow
+def test_what_a_run_writes_down_is_read_again(tmp_path):
+    """All choices with all their defaults filled in, None among them."""
+    for i, (_, text) in enumerate(places()):
+        text = text.replace("learning_rate: {name: by_visits, schedule: polynomial}", "learning_rate: 0.1")
+        values = load(write(tmp_path, GARNET + text + "\n", f"{i}.yaml")).values
+        again = load(write(tmp_path, yaml.safe_dump(values), f"{i}-again.yaml")).values
+        assert {**again, "modules": []} == {**values, "modules": []}, text
 
 
 @pytest.mark.often(14)

@@ -92,14 +92,17 @@ def build(name, chosen, numbers):
 
 def test_choices_are_found():
     assert combinations("four_rooms") == [
-        {"penalties": penalties, "transition": transition}
+        {"penalties": penalties, "variable": variable, "transition": transition}
         for penalties in ("cells", "doors")
+        for variable in ("weights", "network")
         for transition in ("dense", "successor", "stencil")
     ]
     assert len(CASES) >= 30
     for name in bj.problems.names():
         texts = {option for option, hint, _ in fields_of(name) if hint is str}
-        assert texts <= {"grounds", "demonstrations_file"}, f"{name}: a text of which some are valid is a Literal"
+        assert texts <= {"grounds", "demonstrations_file", "gymnax"}, (
+            f"{name}: a text of which some are valid is a Literal"
+        )
 
 
 @pytest.mark.parametrize(("name", "chosen"), CASES)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import central_difference, flat, random_like
+from helpers import SIMULATORS, WITH_MODEL, central_difference, flat, random_like
 from scipy.special import logsumexp, softmax
 
 import bilevel_jax as bj
@@ -42,16 +42,22 @@ def test_names_are_those_of_the_files():
 
 
 @pytest.mark.parametrize("name", bj.problems.names())
-class TestEveryProblem:
-    def test_is_described(self, name):
-        spec = bj.problems.spec(name)
-        assert spec.name == name
-        assert len(spec.summary) > 20
-        for field in dataclasses.fields(spec.options):
-            assert field.default is not dataclasses.MISSING, field.name
-            described = rf"^(\w+, )*{field.name}(, \w+)*: "
-            assert re.search(described, inspect.getdoc(spec.options), re.MULTILINE), field.name
+def test_is_described(name):
+    spec = bj.problems.spec(name)
+    assert spec.name == name
+    assert len(spec.summary) > 20
+    for field in dataclasses.fields(spec.options):
+        assert field.default is not dataclasses.MISSING, field.name
+        described = rf"^(\w+, )*{field.name}(, \w+)*: "
+        assert re.search(described, inspect.getdoc(spec.options), re.MULTILINE), field.name
 
+
+def test_which_have_a_model():
+    assert [name for name in bj.problems.names() if not isinstance(make(name), bj.Problem)] == list(SIMULATORS)
+
+
+@pytest.mark.parametrize("name", WITH_MODEL)
+class TestEveryProblem:
     @pytest.mark.slow
     def test_keeps_the_protocol(self, name):
         problem = make(name)

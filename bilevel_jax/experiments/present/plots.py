@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,9 +17,11 @@ import bilevel_jax as bj
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.experiments.checkpoints import DAMAGED
 from bilevel_jax.experiments.config import RECORD, Config, from_directory
+from bilevel_jax.experiments.present.clips import episode_frames, shows_images, write_clip
 from bilevel_jax.experiments.present.pictures import line_style, picture
 from bilevel_jax.experiments.present.run import flat_names, of_run
 from bilevel_jax.experiments.sections import build_problem
+from bilevel_jax.experiments.trained import trained
 from bilevel_jax.problems.panels import Pictured
 
 NEEDED = (RECORD, "metrics.csv", "runs.csv", "final.npz", "summary.json")
@@ -27,8 +29,24 @@ NEEDED = (RECORD, "metrics.csv", "runs.csv", "final.npz", "summary.json")
 ROWS = 18
 
 
+class Curve(NamedTuple):
+    """A column of metrics.csv that has a panel."""
+
+    column: str
+    label: str
+    logarithmic: bool = False
+
+
+CURVES = (
+    Curve("objective", "objective (minimised)"),
+    Curve("gradient_norm", "hyper-gradient norm", logarithmic=True),
+    Curve("agent_episode_return", "return of the agent's episodes"),
+)
+
+
 def plot(directory: Path) -> list[Path]:
-    """Draw learning_curves.png, and incentive.png where the problem has panels. Returns what was written.
+    """Draw learning_curves.png; incentive.png where the problem has panels; and clip.gif, an episode of the agent,
+    where it sees images. Returns what was written.
 
     Raises:
       InputError: the directory has no finished run, or a file of it is damaged.
@@ -46,7 +64,22 @@ def plot(directory: Path) -> list[Path]:
             problem = build_problem(config.at(config.grid[best])["problem"])
             if isinstance(problem, Pictured) and isinstance(problem, bj.Problem):
                 figures["incentive.png"] = _answer(problem, config, directory, best, value)
-    return [_save(figure, directory / name) for name, figure in figures.items()]
+    written = [_save(figure, directory / name) for name, figure in figures.items()]
+    return written if best is None else [*written, *_clips(config, directory, best)]
+
+
+def _clips(config: Config, directory: Path, run: int) -> list[Path]:
+    """An episode of a run's agent as clip.gif, where observations are images."""
+    with jax.enable_x64(config.values["precision"] == "float64"):
+        environment = getattr(build_problem(config.at(config.grid[run])["problem"]), "environment", None)
+        if environment is None or not shows_images(environment):
+            return []
+        found = trained(directory, run)
+        frames = episode_frames(jax.random.key(0), found.problem, found.policy)
+    path = directory / "clip.gif"
+    with _writing(path):
+        write_clip(path, frames)
+    return [path]
 
 
 @contextlib.contextmanager
@@ -80,14 +113,21 @@ def _answer(problem: Any, config: Config, directory: Path, run: int, value: floa
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    try:
+    with _writing(path):
         figure.savefig(path, dpi=130, bbox_inches="tight")
+    return path
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A picture that cannot be written is an error that says how to get it."""
+    try:
+        yield
     except OSError as error:
         raise InputError(
             f"{path}: cannot be written ({error}); the results are complete, and bilevel-jax plot {path.parent} draws "
             f"the pictures"
         ) from None
-    return path
 
 
 def _groups(config: Config) -> dict[str, list[int]]:
@@ -104,38 +144,52 @@ def _text(value: Any) -> str:
 
 
 def learning_curves(config: Config, directory: Path) -> Figure:
-    """Objective and hyper-gradient norm against iterations: median over seeds, band from least to most."""
-    runs: dict[int, list[tuple[float, float, float]]] = {}
+    """Objective, hyper-gradient norm and, where the agent reports them, the returns of its episodes against iterations:
+    median over seeds, band from least to most.
+    """
+    runs: dict[int, list[tuple[float, ...]]] = {}
     with _reading(directory / "metrics.csv") as path, path.open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            entry = (float(row["iteration"]), float(row["objective"]), float(row["gradient_norm"]))
-            runs.setdefault(int(row["run"]), []).append(entry)
+        table = csv.DictReader(file)
+        curves = [curve for curve in CURVES if curve.column in (table.fieldnames or ())]
+        for row in table:
+            entry = [float(row[name] or "nan") for name in ("iteration", *(curve.column for curve in curves))]
+            runs.setdefault(int(row["run"]), []).append(tuple(entry))
+    shown = [i for i, curve in enumerate(curves, 1) if not curve.logarithmic or _some(runs, i)]
+    curves = [curves[i - 1] for i in shown]
+    runs = {run: [(row[0], *(row[i] for i in shown)) for row in rows] for run, rows in runs.items()}
     groups = {label: [runs[m] for m in members if m in runs] for label, members in _groups(config).items()}
     groups = {label: curves for label, curves in groups.items() if curves}
     columns = -(-len(groups) // ROWS) if len(groups) > 1 else 0
-    figure = Figure(figsize=(10 + 2.2 * columns, 4.2), layout="constrained")
+    figure = Figure(figsize=(5 * len(curves) + 2.2 * columns, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    for i, (label, curves) in enumerate(groups.items()):
-        shortest = min(map(len, curves))  # of an interrupted or diverged run
-        table = np.array([curve[:shortest] for curve in curves])  # [runs, records, 3]
+    panels = figure.subplots(1, len(curves))
+    for i, (label, members) in enumerate(groups.items()):
+        shortest = min(map(len, members))  # of an interrupted or diverged run
+        table = np.array([rows[:shortest] for rows in members])  # [runs, records, 1 + curves]
         style = line_style(i)
         for column, panel in enumerate(panels, 1):
             values = table[..., column]
             panel.plot(table[0, :, 0], np.median(values, 0), **style, lw=1.6, label=label or None)
             if len(table) > 1:
                 panel.fill_between(table[0, :, 0], values.min(0), values.max(0), color=style["color"], alpha=0.14, lw=0)
-    panels[0].set(xlabel="upper iteration", ylabel="objective (minimised)")
-    panels[1].set(xlabel="upper iteration", ylabel="hyper-gradient norm", yscale="log")
+    for panel, curve in zip(panels, curves, strict=True):
+        panel.set(xlabel="upper iteration", ylabel=curve.label)
+        if curve.logarithmic:
+            panel.set_yscale("log")
     if columns:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", ncols=columns, frameon=False, fontsize=8)
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)
-    seeds = max((len(curves) for curves in groups.values()), default=0)
+    seeds = max((len(members) for members in groups.values()), default=0)
     spread = f"; median and range over {seeds} seeds" if seeds > 1 else ""
     figure.suptitle(f"{config.name}: {_title(config)}{spread}", fontsize=11)
     return figure
+
+
+def _some(runs: dict[int, list[tuple[float, ...]]], column: int) -> bool:
+    """Whether any number in a column of the runs' rows is above zero."""
+    return any(row[column] > 0 for rows in runs.values() for row in rows)
 
 
 def _title(config: Config) -> str:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.results import MESSAGES, Result
+from bilevel_jax.experiments.cells import Cell
 from bilevel_jax.experiments.checkpoints import write_arrays
 from bilevel_jax.experiments.config import Config
 from bilevel_jax.experiments.directory import claimed, write_text
@@ -24,6 +25,17 @@ from bilevel_jax.experiments.interruption import InterruptionError, noticed
 from bilevel_jax.experiments.outcome import Outcome, Point
 from bilevel_jax.experiments.trainer import Event, Trainer
 
+# What a run without a model ends with beside its objective, with intervals of 95%.
+SAMPLED = tuple(f"{name}{part}" for name in ("objective", "return", "greedy_return") for part in ("", "_low", "_high"))[
+    1:
+]
+# What the progress bar shows of an agent, where it reports it.
+WATCHED = {
+    "agent_episode_return": "return",
+    "agent_loss": "loss",
+    "agent_critic_loss": "critic loss",
+    "agent_policy_loss": "policy loss",
+}
 PACKAGES = ("bilevel_jax", "jax", "jaxlib", "optax", "equinox", "numpy")
 
 
@@ -32,8 +44,8 @@ def run(config: Config, directory: Path | None = None, *, fresh: bool = False) -
 
     Files: resolved.yaml (all defaults filled in), metrics.csv (one row per run and `record_every` iterations, and an
     exact one at the end), runs.csv (one row per run: swept values and outcome), summary.json, and final.npz (`x`,
-    `best_x`, `policy`, `value`, one entry per run). An experiment that is started again with the same directory goes on
-    where it stopped.
+    `best_x`, and `policy` and `value` or the leaves of the `agent`'s policy, one entry per run; see `trained`). An
+    experiment that is started again with the same directory goes on where it stopped.
 
     A run whose objective is not finite ends there and is reported as such; the others go on.
 
@@ -137,8 +149,11 @@ class _Metrics:
         if np.isfinite(objective).any():
             best = int(np.nanargmin(np.where(np.isfinite(objective), objective, np.nan)))
             norm = point.columns["gradient_norm"][best]
-            now = f"objective {objective[best]:.4g}, |hyper-gradient| {norm:.3g}"
-            self._bar.set_postfix_str(now, refresh=False)
+            shown = [f"objective {objective[best]:.4g}", f"|hyper-gradient| {norm:.3g}"]
+            for column, label in WATCHED.items():
+                if column in point.columns and np.isfinite(point.columns[column][best]):
+                    shown.append(f"{label} {point.columns[column][best]:.4g}")
+            self._bar.set_postfix_str(", ".join(shown), refresh=False)
 
     def _rows(self, runs: list[int], point: Point) -> list[dict[str, Any]]:
         return [
@@ -229,6 +244,7 @@ def _write(
                 "final_value": final["objective"][i].item(),
                 "best_value": final["best_objective"][i].item(),
                 "gradient_norm": final["gradient_norm"][i].item(),
+                **{name: final[f"column {name}"][i].item() for name in SAMPLED if f"column {name}" in final},
                 "result": Result(int(final["result"][i])).name.lower(),
                 "ended_by": outcome.ended_by[i],
             }
@@ -282,17 +298,30 @@ def machine() -> dict[str, Any]:
 
 
 def _arrays(config: Config, outcome: Outcome) -> dict[str, np.ndarray]:
-    """final.npz: x, best_x, policy and value of the finished runs."""
+    """final.npz: x, best_x, policy and value of the finished runs, or the leaves of the agent's policy."""
     names = flat_names("x", _start(config, outcome))
     renamed = {f"x{i}": name for i, name in enumerate(names)}
     renamed |= {f"best_x{i}": name.replace("x", "best_x", 1) for i, name in enumerate(names)}
     renamed |= {"policy": "policy", "value": "value"}
+    if "agent0" in outcome.final:
+        place, _ = config.cell.runs[outcome.runs[0]]
+        renamed |= {f"agent{i}": name for i, name in enumerate(flat_names("agent", policy_like(config.cell, place)))}
     arrays = {}
     for name, array in outcome.final.items():
         whole, slash, run_ = name.partition("/run ")
         if whole in renamed:
             arrays[f"{renamed[whole]}{slash}{run_}"] = array
     return arrays
+
+
+def policy_like(cell: Cell, place: int) -> Any:
+    """The agent's policy at a point of the settings, with shapes for arrays."""
+    algorithm = cell.algorithm(place)
+
+    def made(key: Any) -> Any:
+        return algorithm.policy(algorithm.init(key, algorithm.problem.start(key)))
+
+    return jax.eval_shape(made, jax.random.key(0))
 
 
 def of_run(arrays: Any, name: str, place: int, number: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import optax
 
 from bilevel_jax.algorithms import Info, Report
 from bilevel_jax.experiments.chunks import Cut, cut
+from bilevel_jax.replay import Ring
 
 
 class Progress(NamedTuple):
@@ -126,35 +127,51 @@ def _advance_all(inputs: Inputs, progress: Progress, limits: Limits, most: Any) 
     iterations.
     """
 
-    def one(varying, key, progress):
+    def one(varying, key, before):
         algorithm = eqx.combine(varying, inputs.shared)
+        state, info = algorithm.step(jax.random.fold_in(key, 1 + before.state.iteration), before.state)
+        spent = info.transitions.astype(before.transitions.dtype)
+        objective = info.objective.astype(before.best_objective.dtype)
+        better = objective < before.best_objective
+        after = Progress(
+            state=state,
+            transitions=before.transitions + spent,
+            last=spent,
+            finite=jnp.isfinite(info.objective) & jnp.isfinite(optax.tree.norm(state.x)),
+            best_objective=jnp.where(better, objective, before.best_objective),
+            best_x=_where(better, before.state.x, before.best_x),
+        )
+        return after, record(info)
 
-        def step(carry):
-            before, first, made = carry
-            state, info = algorithm.step(jax.random.fold_in(key, 1 + before.state.iteration), before.state)
-            spent = info.transitions.astype(before.transitions.dtype)
-            finite = jnp.isfinite(info.objective) & jnp.isfinite(optax.tree.norm(state.x))
-            objective = info.objective.astype(before.best_objective.dtype)
-            better = objective < before.best_objective
-            after = Progress(
-                state=state,
-                transitions=before.transitions + spent,
-                last=spent,
-                finite=finite,
-                best_objective=jnp.where(better, objective, before.best_objective),
-                best_x=_where(better, before.state.x, before.best_x),
-            )
-            return after, _where(made == 0, record(info), first), made + 1
+    def step(carry):
+        before, first, made = carry
+        goes = open_runs(before, made)
+        after, recorded = jax.vmap(one)(inputs.varying, inputs.keys, before)
+        first = jax.vmap(_where)(goes & (made == 0), recorded, first)
+        return jax.vmap(_after)(goes, after, before), first, made + goes.astype(made.dtype)
 
-        def goes(carry):
-            now, _, made = carry
-            return goes_on(now, limits) & (made < most)
+    def open_runs(now, made):
+        return goes_on(now, limits) & (made < most)
 
-        shapes = jax.eval_shape(lambda state: record(algorithm.step(key, state)[1]), progress.state)
-        blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        return jax.lax.while_loop(goes, step, (progress, blank, jnp.asarray(0, jnp.int32)))
+    shapes = jax.eval_shape(jax.vmap(one), inputs.varying, inputs.keys, progress)[1]
+    blank = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    nothing = jnp.zeros(progress.last.shape, jnp.int32)
+    return jax.lax.while_loop(lambda carry: jnp.any(open_runs(carry[0], carry[2])), step, (progress, blank, nothing))
 
-    return jax.vmap(one)(inputs.varying, inputs.keys, progress)
+
+def _after(goes: jax.Array, after: Any, before: Any) -> Any:
+    """The state of a run after an iteration if it goes on, else as it was.
+
+    The items of a replay are not put back: nothing reads them once a run has ended, and to copy them would cost more
+    than the iteration.
+    """
+
+    def one(new: Any, old: Any) -> Any:
+        if not isinstance(new, Ring):
+            return jnp.where(goes, new, old)
+        return Ring(new.items, jnp.where(goes, new.next, old.next), jnp.where(goes, new.size, old.size))
+
+    return jax.tree.map(one, after, before, is_leaf=lambda leaf: isinstance(leaf, Ring))
 
 
 def record(info: Info) -> dict[str, jax.Array]:

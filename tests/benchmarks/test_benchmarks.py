@@ -17,7 +17,7 @@ BENCHMARKS = Path(accelerator.__file__).parents[1]
 PAGE = (BENCHMARKS / "README.md").read_text()
 ROOMS = ("solvers", "gradients", "published", "studies", "deep")
 MODULES = {path: ast.parse(path.read_text()) for path in BENCHMARKS.rglob("*.py")}
-TOOLS = {"hpgd_peer", "hpgd_peer_run"}  # of another environment, called by scripts
+TOOLS = {"hpgd_peer", "hpgd_peer_run", "rejax_run", "stable_baselines_run"}  # of other environments, called by scripts
 
 
 def imports(tree):

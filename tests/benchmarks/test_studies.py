@@ -13,10 +13,11 @@ from studies_helpers import call
 import bilevel_jax as bj
 from benchmarks.common.options import meanings
 from benchmarks.common.timing import RESULTS
-from benchmarks.studies import accuracy, agents, preferences, rates, samples, truncation
+from benchmarks.studies import accuracy, agents, networks, preferences, rates, samples, truncation
 from benchmarks.studies.study import read
 
-STUDIES = {module.STUDY.name: module.STUDY for module in (accuracy, agents, preferences, rates, samples, truncation)}
+MODULES = (accuracy, agents, networks, preferences, rates, samples, truncation)
+STUDIES = {module.STUDY.name: module.STUDY for module in MODULES}
 
 
 def study(directory, name, words):
@@ -226,3 +227,15 @@ def test_agents(tmp_path):
         assert gap["cold", "32768"] < gap["cold", "1024"] / 4
         assert gap["warm", "1024"] < gap["cold", "1024"]
     assert_picture(out / "agents.png")
+
+
+@pytest.mark.slow
+def test_networks(tmp_path):
+    words = "--rooms-batch 4 --rooms-estimates 3 --rooms-horizon 20 --length 5 --mdps 2 --batch 4 --estimates 3"
+    out, _ = study(tmp_path, "networks", words + " --decays 0 1 --critics 2 4")
+    rooms, traces = read_rows(out / "rooms.csv"), read_rows(out / "traces.csv")
+    assert len(rooms) == 8
+    assert all(-1 <= float(row["cosine"]) <= 1 for row in rooms)
+    assert len(traces) == 2 * 3 * 2
+    assert {row["credit"] for row in traces} == {"exact", "2", "4"}
+    assert_picture(out / "networks.png")

@@ -34,9 +34,9 @@ RUNS = {
     },
     "Breakout-MinAtar": {
         "ours": (1_000_000, SEEDS),
-        "rejax PPO": (1_000_000, SEEDS),
-        "rejax SAC": (20_000, SEEDS),
-        "Stable-Baselines3 PPO": (300_000, 2),
+        "rejax PPO": (300_000, SEEDS),
+        "rejax SAC": (3_000, SEEDS),
+        "Stable-Baselines3 PPO": (100_000, 2),
     },
 }
 

@@ -53,7 +53,7 @@ SETTINGS = {
         "agent_kwargs": {"activation": "tanh"},
         "num_envs": 5,
         "buffer_size": 100_000,
-        "fill_buffer": 5_000,
+        "fill_buffer": 1_000,
         "batch_size": 100,
         "learning_rate": 1e-3,
         "num_epochs": 5,

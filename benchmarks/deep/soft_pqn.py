@@ -1,6 +1,6 @@
 """What soft PQN reaches on standard tasks, in how many steps and minutes.
 
-    OPENBLAS_NUM_THREADS=1 python -m benchmarks.deep.soft_pqn [--only TASK] [--seeds 10] [--steps N] [--out FILE]
+    OPENBLAS_NUM_THREADS=1 python -m benchmarks.deep.soft_pqn [--only TASK] [--seeds 10] [--steps N] [--profile]
 
 Every task has its own sizes (`TASKS`); the rest are defaults of `SoftPQN`. All seeds go through one vmapped program, in
 float32. After the training each seed's policy is judged over EPISODES whole episodes, greedily, in the environment's
@@ -9,15 +9,21 @@ seeds), least and most, steps per second of all seeds together without compiling
 need `pip install 'bilevel_jax[gymnax]'`; they are skipped without it. The published returns are those of gymnax-blines
 (PPO).
 
+With --profile it prints, for 5 seeds, where the time of an update goes instead: to the environment (steps with actions
+drawn uniformly), to the network that acts (the same with the agent's policy), and to learning (the rest); and the
+floating-point operations of learning per second, of the matrix products alone.
+
 Each task is written when it is done; started again it is skipped. Writes results/soft_pqn.json.
 """
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +34,7 @@ from benchmarks.common.timing import RESULTS, machine
 EPISODES = 32
 RESAMPLES = 2000
 
-SMALL = {"processes": 32, "steps": 32, "width": 64, "depth": 2, "trace": 0.9, "epochs": 4, "minibatches": 4}
+SMALL = {"processes": 32, "steps": 32, "width": 64, "depth": 2, "trace": 0.9, "epochs": 2, "minibatches": 8}
 MINATAR = {"processes": 128, "steps": 32, "width": 128, "depth": 2, "trace": 0.65, "epochs": 2, "minibatches": 32}
 TASKS: dict[str, dict[str, Any]] = {
     "CartPole-v1": SMALL | {"temperature": 0.05, "scale": 0.1, "total": 3e5, "limit": 500, "published": 500.0},
@@ -115,6 +121,70 @@ def measure(name: str, task: dict[str, Any], seeds: int, total: int) -> dict[str
     }
 
 
+def profile(name: str, task: dict[str, Any], seeds: int = 5, repeats: int = 20) -> dict[str, Any] | None:
+    """Shares of the time of an update, which is that of a loop of `repeats` updates."""
+    environment = environment_of(name)
+    if environment is None:
+        return None
+    problem = bj.problems.Task(
+        environment, temperature=task["temperature"], scale=task["scale"], discount=0.99, horizon=task["limit"]
+    )
+    agent, x = agent_of(task, 1000), jnp.zeros(())
+    state = jax.jit(jax.vmap(lambda key: agent.init(key, problem, x)))(jax.random.split(jax.random.key(0), seeds))
+    dynamics = bj.environments.with_restarts(environment, task["limit"])
+
+    def collected(key: Any, state: Any, policy: Any) -> Any:
+        processes = bj.environments.Processes(dynamics, state.processes)
+        processes, seen = bj.environments.collect(key, processes, policy, task["steps"])
+        # What learning reads has to be made.
+        return dataclasses.replace(state, processes=processes.states), sum(
+            jnp.sum(leaf) for leaf in jax.tree.leaves((seen.observation, seen.next_observation, seen.reward))
+        )
+
+    steps = {
+        "environment": lambda key, state: collected(key, state, _Uniform(environment.num_actions)),
+        "acting": lambda key, state: collected(key, state, agent.acting(state, problem, x)),
+        "all": lambda key, state: (agent.improve(key, state, problem, x), jnp.zeros(())),
+    }
+    seconds = {}
+    for part, step in steps.items():
+
+        def loop(key: Any, state: Any, step: Any = step) -> Any:
+            return jax.lax.scan(lambda state, key: step(key, state), state, jax.random.split(key, repeats))
+
+        program = jax.jit(jax.vmap(loop))
+        keys = jax.random.split(jax.random.key(1), seeds)
+        jax.block_until_ready(program(keys, state))
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(program(keys, state))
+            times.append((time.perf_counter() - start) / repeats)
+        seconds[part] = float(np.median(times))
+    acting = seconds["acting"] - seconds["environment"]
+    learning = seconds["all"] - seconds["acting"]
+    weights = sum(leaf.size for leaf in jax.tree.leaves(state.params) if leaf.ndim == 3) // seeds  # matrices of a seed
+    # Per sample and pass: two operations per weight forward, twice that backward; once more for the targets.
+    operations = task["processes"] * task["steps"] * seeds * weights * (6 * task["epochs"] + 2)
+    return {
+        "milliseconds_per_update": round(1e3 * seconds["all"], 2),
+        "environment": round(seconds["environment"] / seconds["all"], 3),
+        "acting": round(acting / seconds["all"], 3),
+        "learning": round(learning / seconds["all"], 3),
+        "gigaflops_of_learning": round(operations / learning / 1e9, 1),
+    }
+
+
+class _Uniform(bj.environments.Policy):
+    """All actions alike."""
+
+    actions: int = eqx.field(static=True)
+
+    def distribution(self, observation: Any) -> Any:
+        del observation
+        return bj.environments.Categorical(jnp.full(self.actions, 1 / self.actions))
+
+
 def middle(returns: np.ndarray) -> float:
     """The interquartile mean: of the middle half of the seeds, those at its ends in part."""
     ordered, count = np.sort(returns), len(returns)
@@ -127,8 +197,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=float, help="of the simulator per seed; by default the task's own")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, and write nothing")
     parser.add_argument("--out", type=Path, default=RESULTS / "soft_pqn.json")
     options = parser.parse_args()
+    if options.profile:
+        for name in options.only:
+            print(name, profile(name, TASKS[name]), flush=True)
+        return
     done = json.loads(options.out.read_text()) if options.out.exists() else {"tasks": {}}
     for name in options.only:
         if name in done["tasks"]:

@@ -143,7 +143,9 @@ def main() -> None:
         own = {"single_call_seconds": timing.summary(taken[name]["single"]), scan: timing.summary(scanned)}
         pairs = ("single_call_without_reports_seconds", "single_call_seconds"), (scan, scan)
         faster[name] = {mine: peer["iteration"][their]["median"] / own[mine]["median"] for their, mine in pairs}
-        iterations[name] = {**own, "all_converged": bool(jnp.all(groups[name]["scan"]().result == bj.Result.CONVERGED))}
+        outcomes = groups[name]["scan"]().outcomes()
+        converged = all(bool(jnp.all(outcome.result == bj.Result.CONVERGED)) for outcome in outcomes)
+        iterations[name] = {**own, "all_converged": converged}
     for name, (batch, horizon) in shapes.items():
         steps, calls = batch * horizon, groups[name]
         rates[name] = {n: timing.summary([steps / t / 1e6 for t in taken[name][n]]) for n in RATES}

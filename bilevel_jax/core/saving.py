@@ -73,10 +73,12 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
         extra = next(name for name in stored if name not in dict(wanted))
         raise InputError(f"like: the file has the array {extra}, which is not in it")
     leaves = []
-    for i, (name, leaf) in enumerate(wanted):
-        read = _as_leaf(arrays[f"{PREFIX}{i}"], leaf)
+    for name, leaf in wanted:
+        array = arrays[f"{PREFIX}{stored.index(name)}"]  # by its name: dictionaries may come in another order
+        if not hasattr(leaf, "dtype"):
+            raise InputError(f"like{name}: expected an array or its shape and dtype, got {type(leaf).__name__}")
+        read = _as_leaf(array, leaf)
         if read is None:
-            array = arrays[f"{PREFIX}{i}"]
             expected, found = (f"{one.dtype}{list(one.shape)}" for one in (leaf, array))
             raise InputError(f"like{name}: expected {expected}, the file has {found}")
         leaves.append(read)

@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
 
     `mean` is that of the returns, `low` and `high` its interval of 95% (normal; with one episode it is infinite).
     `returns`, `lengths` and `finished` are those of each episode, [N]; an episode that is not finished was cut after
-    the most steps that were allowed.
+    the most steps that were allowed. The return of an episode is NaN where the policy was.
     """
 
     mean: Float[Array, ""]
@@ -48,7 +48,9 @@ class Greedy(Policy):
         inner = self.policy.distribution(observation)
         if isinstance(inner, Categorical):
             best = jnp.argmax(inner.probabilities, -1)
-            return Categorical(jax.nn.one_hot(best, inner.probabilities.shape[-1], dtype=inner.probabilities.dtype))
+            made = jax.nn.one_hot(best, inner.probabilities.shape[-1], dtype=inner.probabilities.dtype)
+            broken = jnp.any(jnp.isnan(inner.probabilities), -1, keepdims=True)
+            return Categorical(jnp.where(broken, jnp.nan, made))
         return Certain(inner.mode())
 
 
@@ -122,7 +124,9 @@ def evaluate(
         actions = jax.vmap(lambda one, key: one.sample(key))(distributions, own[:, 0])
         require_policy(distributions, actions, environment.action_space)
         states, made = jax.vmap(environment.step)(own[:, 1], states, actions)
-        returns = returns + jnp.where(alive, made.reward, 0)
+        # A policy of NaN still takes actions, and what they earn is finite.
+        broken = jnp.isnan(jax.vmap(lambda one, action: one.probability(action))(distributions, actions))
+        returns = returns + jnp.where(alive, jnp.where(broken, jnp.nan, made.reward), 0)
         ended = alive & (made.terminated | made.truncated)
         return h + 1, alive & ~ended, states, returns, lengths + alive.astype(jnp.int32), finished | ended
 

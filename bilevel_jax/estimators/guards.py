@@ -64,8 +64,10 @@ def bounded(direct: Any, implicit: Any, max_ratio: Real[ArrayLike, ""] = jnp.inf
     first, second = norm(direct), norm(implicit)
     ratio = as_float("max_ratio", max_ratio).astype(first.dtype)
     require_at_least("max_ratio", ratio, 0, "1 allows for parts of one size, infinity does not bound")
+    ratio = jnp.where(ratio >= 0, ratio, jnp.nan)  # of a traced one nothing was known
     most = jnp.where(jnp.isinf(ratio), jnp.inf, jnp.where(jnp.isinf(ratio), 1, ratio) * first)
     factor = jnp.where(second > most, most / jnp.where(second > most, second, 1), 1)
+    factor = jnp.where(jnp.isnan(ratio), jnp.nan, factor)
     return jax.tree.map(lambda one, other: one + factor.astype(other.dtype) * other, direct, implicit)
 
 
@@ -75,4 +77,6 @@ def norm(tree: Any) -> Float[Array, ""]:
         leaves = jax.tree.leaves(tree)
         peak = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in leaves]))
         unit = jnp.where((peak > 0) & jnp.isfinite(peak), peak, 1)
-        return unit * jnp.sqrt(sum(jnp.sum((leaf / unit) ** 2) for leaf in leaves))
+        # In two steps: the reciprocal of the largest numbers is one that processors may take for 0.
+        root = 1 / jnp.sqrt(unit)
+        return unit * jnp.sqrt(sum(jnp.sum((leaf * root * root) ** 2) for leaf in leaves))

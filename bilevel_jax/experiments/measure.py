@@ -181,6 +181,9 @@ def _sampled(varying, shared, states, samples, greedy=False):
         costs = group_costs(for_loss, problem, state.x, groups)
         losses = jnp.sum(costs.factors[None] * costs.each, 1)
         returns = jnp.sum(jnp.where(groups.valid, groups.reward, 0), -1).reshape(-1).astype(losses.dtype)
+        # A policy of NaN still takes actions, and what they earn is finite.
+        broken = jnp.any(jnp.isnan(groups.probability))
+        losses, returns = (jnp.where(broken, jnp.nan, one) for one in (losses, returns))
         return Sampled(jnp.mean(losses), _error(losses), jnp.mean(returns), _error(returns))
 
     return jax.lax.map(one, (varying, states))

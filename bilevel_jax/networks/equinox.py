@@ -17,7 +17,7 @@ class Equinox(Module):
         networks of the same function compile once.
 
     Raises:
-      InputError: in `init`, the module has an array that is not floating-point.
+      InputError: in `init`, the module has an array that is not floating-point, or another number of outputs.
 
     Example:
       >>> import equinox as eqx

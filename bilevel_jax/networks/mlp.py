@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from bilevel_jax.core.cpu import one_at_a_time_on_cpu
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.sizes import size
 from bilevel_jax.networks.modules import Module
@@ -68,8 +69,21 @@ class MLP(Module):
 def linear(key: PRNGKeyArray, inputs: int, outputs: int, scale: float) -> eqx.nn.Linear:
     """A layer with orthogonal weights times `scale`, and zero biases."""
     layer = eqx.nn.Linear(inputs, outputs, key=key)
-    weight = jax.nn.initializers.orthogonal(scale)(key, (outputs, inputs), layer.weight.dtype)
+    weight = scale * _orthogonal(
+        jax.random.normal(key, (max(outputs, inputs), min(outputs, inputs)), layer.weight.dtype)
+    )
+    weight = weight if outputs >= inputs else weight.T
     return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (weight, jnp.zeros(outputs, weight.dtype)))
+
+
+def _orthonormal_columns(matrix: jax.Array) -> jax.Array:
+    """Q of a QR factorization whose R has a positive diagonal: uniformly distributed where the entries are normal."""
+    q, r = jnp.linalg.qr(matrix)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
+
+
+# Networks of several seeds are drawn in one program, and layers are independent: batched QRs would hang on a CPU.
+_orthogonal = one_at_a_time_on_cpu(_orthonormal_columns)
 
 
 def _flat(observation: Any) -> jax.Array:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.promotion import usual_promotion
+from bilevel_jax.networks.flat import numbers
 from bilevel_jax.networks.protocol import Network, example
 
 
@@ -45,9 +46,10 @@ class Module(Network):
                     f"arrays can be parameters, make it a static field"
                 )
         leaves, structure = jax.tree.flatten(observation)
-        return Weights(
-            arrays, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves), structure, outputs
-        )
+        shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+        params = Weights(arrays, shapes, structure, outputs)
+        numbers("build", jax.eval_shape(self.apply, params, example(observation)), outputs)
+        return params
 
     def apply(self, params: Weights, observation: Any) -> Float[Array, " outputs"]:
         shapes = jax.tree.unflatten(params.structure, params.observation)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.functions import ActionFunction
 from bilevel_jax.core.sizes import size
+from bilevel_jax.core.validation import as_float, require_finite, require_positive
 from bilevel_jax.environments.protocol import Environment
 from bilevel_jax.environments.spaces import Box, Space
 from bilevel_jax.networks.protocol import Network, example
@@ -46,6 +47,10 @@ class RewardNetwork(eqx.Module):
     def __check_init__(self):
         if self.inputs not in ("state", "state_action", "next_state"):
             raise InputError(f"inputs: expected state, state_action or next_state, got {self.inputs!r}")
+        if self.bound is not None:
+            bound = as_float("bound", self.bound, float)
+            require_positive("bound", bound, "None does not bound")
+            require_finite("bound", bound)
 
     @classmethod
     def of(

@@ -27,7 +27,7 @@ from bilevel_jax.core.validation import (
 from bilevel_jax.environments import Environment
 from bilevel_jax.mdp.regularizers import ShannonEntropy
 from bilevel_jax.networks import MLP, RewardNetwork, Scaled
-from bilevel_jax.problems.options import MOST_STEPS, require_size
+from bilevel_jax.problems.options import MOST_STEPS, refuse_unused, require_size
 from bilevel_jax.problems.registry import register
 from bilevel_jax.problems.simulators import CLASSIC, Classic
 
@@ -42,7 +42,7 @@ class IncentivesOptions:
       the height of the car and loses one per step until the car is over the hill; "pendulum", with continuous actions,
       where it gains the reward of the usual task, scaled to [-1, 0].
     inputs: what the payment depends on, the "state" before the step, the "next_state", or "state_action".
-    effort: cost of the strongest action to the agent.
+    effort: cost of the strongest action to the agent; not of cart_pole, which is pushed in every step.
     price: cost of a payment of one to the principal.
     max_payment: payments are between minus and plus this number.
     width: of the hidden layers of the network.
@@ -111,6 +111,8 @@ class Incentives(SampledProblem):
         require_choices(options)
         require_size(options, "width", most=MOST_WIDTH)
         require_size(options, "horizon", most=MOST_STEPS)
+        if options.environment == "cart_pole":
+            refuse_unused(options, ("effort",), "has no effect on cart_pole, which is pushed in every step")
         self.work = options.environment
         self.environment = CLASSIC[self.work]()
         max_payment = as_float("max_payment", options.max_payment, float)

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+from collections import OrderedDict
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +84,14 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     np.savez(tmp_path / "pickled.npz", names=np.array(["['x']"]), **{"leaf 0": np.array([None], object)})
     with pytest.raises(ValueError, match="allow_pickle"):
         bj.load(tmp_path / "pickled.npz", {"x": jnp.zeros(2)})
+
+
+def test_arrays_are_found_by_their_names(tmp_path):
+    """An OrderedDict keeps its own order, a dictionary is sorted."""
+    path = tmp_path / "x.npz"
+    bj.save(path, OrderedDict(b=jnp.full(2, 2.0), a=jnp.full(2, 1.0)))
+    for like in ({"a": jnp.zeros(2), "b": jnp.zeros(2)}, OrderedDict(a=jnp.zeros(2), b=jnp.zeros(2))):
+        found = bj.load(path, like)
+        assert (found["a"].tolist(), found["b"].tolist()) == ([1.0, 1.0], [2.0, 2.0])
+    with pytest.raises(bj.InputError, match=r"like\['a'\]: expected an array or its shape and dtype, got float"):
+        bj.load(path, {"a": 1.0, "b": jnp.zeros(2)})

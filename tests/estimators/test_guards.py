@@ -130,3 +130,17 @@ def test_input_errors():
     for wrong in (-1.0, np.nan):
         with pytest.raises(bj.InputError, match="max_ratio must be at least 0"):
             bounded(direct, implicit, wrong)
+
+
+def test_ratios_that_are_traced():
+    """What is known is refused; of what is not, the result tells."""
+    direct, implicit = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+    made = jax.vmap(lambda ratio: bounded(direct, implicit, ratio))(jnp.array([-1.0, jnp.nan, 0.5]))
+    assert np.isnan(made[:2]).any(1).all()
+    np.testing.assert_allclose(made[2], [1, 0.5])
+
+
+def test_the_norm_of_the_largest_numbers():
+    big = jnp.asarray([1e38, 1e38], jnp.float32)
+    for size in (norm, jax.jit(norm)):
+        np.testing.assert_allclose(size(big), np.float32(2**0.5 * 1e38), rtol=1e-6)

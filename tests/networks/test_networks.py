@@ -239,3 +239,16 @@ class TestRewards:
             bj.networks.RewardNetwork(bj.networks.MLP(), "action", self.space)
         with pytest.raises(bj.InputError, match="members"):
             bj.networks.Ensemble(bj.networks.RewardNetwork(bj.networks.MLP(), "state", self.space), 0)
+
+
+def test_modules_of_another_size_are_refused():
+    network = bj.networks.equinox.Equinox(lambda key, observation, outputs: eqx.nn.Linear(3, 5, key=key))
+    with pytest.raises(bj.InputError, match=r"build: expected 2 outputs, got shape \[5\]"):
+        network.init(jax.random.key(0), jnp.zeros(3), 2)
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, np.nan, np.inf])
+def test_bounds_of_rewards_that_bound_nothing_are_refused(bound):
+    space = bj.environments.Discrete(2)
+    with pytest.raises(bj.InputError, match="bound"):
+        bj.networks.RewardNetwork(bj.networks.MLP(width=8), "state", space, bound=bound)

@@ -38,7 +38,8 @@ def seen(problem):
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_who_earns_and_pays_what(environment):
-    problem = make(environment=environment, effort=0.3, price=0.7, max_payment=0.2)
+    effort = {} if environment == "cart_pole" else {"effort": 0.3}
+    problem = make(environment=environment, price=0.7, max_payment=0.2, **effort)
     x = jax.tree.map(lambda leaf: 5 * leaf, problem.start(KEY))
     steps = seen(problem)
     payment, reward = problem.payment(x), problem.reward(x)
@@ -116,7 +117,8 @@ def test_rewards_of_all_actions(inputs):
         ({"width": 0}, "width must be a whole number from 1 to 4096"),
         ({"horizon": 0}, "horizon must be a whole number"),
         ({"max_payment": 0.0}, "max_payment"),
-        ({"effort": -1.0}, "effort"),
+        ({"environment": "pendulum", "effort": -1.0}, "effort"),
+        ({"effort": 0.3}, "effort: has no effect on cart_pole"),
         ({"price": np.nan}, "price"),
         ({"discount": 1.0}, "discount"),
     ],

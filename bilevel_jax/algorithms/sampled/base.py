@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, Real
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Real
 
 from bilevel_jax.agents import Agent, ExactAgent, GaussianActorCritic, SoftPQN, SoftQLearning
 from bilevel_jax.algorithms.base import Algorithm, Estimate, Report, State, regularizer_of
@@ -106,22 +106,31 @@ class SampledAlgorithm(Algorithm):
         agent = self.improve_agent(for_agent, state)
         improved = State(state.x, Learned(agent, state.memory.estimator), state.optimizer_state, state.iteration)
         made = self.estimate_from_samples(for_estimate, improved)
+        # An agent that has diverged still acts, and what it earns is finite.
+        policy = self.agent.policy(agent, self.problem, state.x)
+        value = jnp.where(has_nan(policy), jnp.nan, made.value)
         norm = optax.tree.norm(made.gradient)
         # An estimate may miss that x is not finite: not every state is visited.
-        finite = jnp.isfinite(norm) & jnp.isfinite(made.value) & jnp.isfinite(optax.tree.norm(state.x))
+        finite = jnp.isfinite(norm) & jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(state.x))
         result = jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
         return Estimate(
-            objective=made.value,
+            objective=value,
             gradient=made.gradient,
             memory=Learned(agent, made.memory),
             transitions=jnp.asarray(float(self.environment_steps)),
             reports={
                 "hyper-gradient estimate": Report(result),
-                "effective_sample_size": made.effective_sample_size.astype(made.value.dtype),
+                "effective_sample_size": made.effective_sample_size.astype(value.dtype),
                 "agent": self.report_agent(agent),
                 **made.reports,
             },
         )
+
+
+def has_nan(tree: Any) -> Bool[Array, ""]:
+    """Whether a floating-point number in a pytree is NaN."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)]
+    return jnp.any(jnp.stack([jnp.any(jnp.isnan(leaf)) for leaf in leaves])) if leaves else jnp.asarray(False)
 
 
 def as_agent(problem: Any, agent: Agent | None) -> Agent:

@@ -79,7 +79,7 @@ def linear(key: PRNGKeyArray, inputs: int, outputs: int, scale: float) -> eqx.nn
 def _orthonormal_columns(matrix: jax.Array) -> jax.Array:
     """Q of a QR factorization whose R has a positive diagonal: uniformly distributed where the entries are normal."""
     q, r = jnp.linalg.qr(matrix)
-    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)[None]
 
 
 # Networks of several seeds are drawn in one program, and layers are independent: batched QRs would hang on a CPU.

@@ -107,8 +107,7 @@ class SampledAlgorithm(Algorithm):
         improved = State(state.x, Learned(agent, state.memory.estimator), state.optimizer_state, state.iteration)
         made = self.estimate_from_samples(for_estimate, improved)
         # An agent that has diverged still acts, and what it earns is finite.
-        policy = self.agent.policy(agent, self.problem, state.x)
-        value = jnp.where(has_nan(policy), jnp.nan, made.value)
+        value = jnp.where(has_nan(self.policy(improved)), jnp.nan, made.value)
         norm = optax.tree.norm(made.gradient)
         # An estimate may miss that x is not finite: not every state is visited.
         finite = jnp.isfinite(norm) & jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(state.x))

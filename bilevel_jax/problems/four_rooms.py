@@ -26,6 +26,7 @@ from bilevel_jax.networks import MLP, Network
 from bilevel_jax.problems.grid import MOVES, Grid, dynamics, map_rows, parse_map
 from bilevel_jax.problems.options import (
     MOST_STEPS,
+    MOST_WIDTH,
     as_fraction,
     as_sequence,
     refuse_unused,
@@ -51,7 +52,6 @@ ROWS = (
     "x     x    gx",
     "xxxxxxxxxxxxx",
 )
-MOST_WIDTH = 4096
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,11 +27,9 @@ from bilevel_jax.core.validation import (
 from bilevel_jax.environments import Environment
 from bilevel_jax.mdp.regularizers import ShannonEntropy
 from bilevel_jax.networks import MLP, RewardNetwork, Scaled
-from bilevel_jax.problems.options import MOST_STEPS, refuse_unused, require_size
+from bilevel_jax.problems.options import MOST_STEPS, MOST_WIDTH, refuse_unused, require_size
 from bilevel_jax.problems.registry import register
 from bilevel_jax.problems.simulators import CLASSIC, Classic
-
-MOST_WIDTH = 4096
 
 
 @dataclasses.dataclass(frozen=True)

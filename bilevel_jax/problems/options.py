@@ -24,6 +24,7 @@ from bilevel_jax.linear.factorization import FALL_BACK_LIMIT
 
 MOST = 10_000
 MOST_STEPS = 1_000_000  # of a trajectory
+MOST_WIDTH = 4096  # of the hidden layers of a network
 TABLES = 16  # [S, A] that a solve and its gradient hold: rewards, Q, policies, occupancies and what each is made of
 
 

@@ -11,6 +11,7 @@ from helpers import ACTIONS, STATES
 from scipy import stats
 
 import bilevel_jax as bj
+from bilevel_jax.agents.deep.gaussian import Uniform
 from bilevel_jax.environments import (
     AutoReset,
     Discrete,
@@ -79,6 +80,17 @@ class Walk(Environment):
         following = place, {"noise": jax.random.uniform(key, (2,)), "key": key}
         ended = jnp.abs(place) >= self.edge
         return following, TimeStep(self.observe(following), ended.astype(float), ended, jnp.zeros_like(ended))
+
+
+class Anything(bj.environments.Policy):
+    """The uniform policy."""
+
+    space: bj.environments.Discrete | bj.environments.Box
+
+    def distribution(self, observation):
+        if isinstance(self.space, bj.environments.Box):
+            return Uniform(self.space.low, self.space.high)
+        return bj.environments.Categorical(jnp.full(self.space.n, 1 / self.space.n))
 
 
 def walk_policy(observation):

@@ -102,7 +102,9 @@ def _rooms(options: NetworksOptions, report: Callable[[str], None]) -> list[dict
         mean = sampled.mean(0)
         along = sampled @ directions
         error = along.std(0, ddof=1) / np.sqrt(len(sampled))
-        z = (along.mean(0) - truth @ directions) / error
+        off = along.mean(0) - truth @ directions
+        with np.errstate(divide="ignore", invalid="ignore"):  # estimates that do not vary are right, or infinitely off
+            z = np.where(off == 0, 0, off / error)
         rows.append(
             {
                 "estimator": name,

@@ -30,8 +30,8 @@ def compare(direct: Any, implicit: Any) -> Parts:
     Example:
       >>> direct, implicit = {"a": jnp.array([3.0, 0.0])}, {"a": jnp.array([0.0, 4.0])}
       >>> made = bj.estimators.guards.compare(direct, implicit)
-      >>> float(made.direct_norm), float(made.implicit_norm), float(made.cosine)
-      (3.0, 4.0, 0.0)
+      >>> [round(float(part), 3) for part in made]
+      [3.0, 4.0, 0.0]
     """
     first, second = norm(direct), norm(implicit)
     both = (first > 0) & (second > 0)
@@ -58,7 +58,7 @@ def bounded(direct: Any, implicit: Any, max_ratio: Real[ArrayLike, ""] = jnp.inf
 
     Example:
       >>> direct, implicit = {"a": jnp.array([3.0, 0.0])}, {"a": jnp.array([0.0, 4.0])}
-      >>> bj.estimators.guards.bounded(direct, implicit, 0.5)["a"].tolist()
+      >>> [round(entry, 3) for entry in bj.estimators.guards.bounded(direct, implicit, 0.5)["a"].tolist()]
       [3.0, 1.5]
     """
     first, second = norm(direct), norm(implicit)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.validation import as_float, require_positive
 from bilevel_jax.networks.mlp import MLP
 from bilevel_jax.networks.protocol import Network, as_vector, vector_size
@@ -23,7 +24,7 @@ class Scaled(Network):
       network: what the vectors go into; None is `MLP()`.
 
     Raises:
-      InputError: a scale that is not above 0.
+      InputError: a scale that is not above 0; in `init`, a scale or an offset of another length than observations.
 
     Example:
       >>> network = bj.networks.Scaled(jnp.array([0.5, 0.03]), jnp.array([-0.3, 0.0]))
@@ -43,7 +44,14 @@ class Scaled(Network):
         require_positive("scale", self.scale, "give the size that the entries of observations have")
 
     def init(self, key, observation, outputs):
-        return self.network.init(key, jax.ShapeDtypeStruct((vector_size(observation),), self.scale.dtype), outputs)
+        length = vector_size(observation)
+        for name, given in (("scale", self.scale), ("offset", self.offset)):
+            if given.shape not in ((), (1,), (length,)):
+                raise InputError(
+                    f"{name}: expected a number or shape [{length}], as an observation has {length} entries, got shape "
+                    f"{list(given.shape)}"
+                )
+        return self.network.init(key, jax.ShapeDtypeStruct((length,), self.scale.dtype), outputs)
 
     def apply(self, params, observation):
         vector = as_vector(observation, self.scale.dtype)

@@ -24,9 +24,9 @@ from bilevel_jax.core.validation import (
     require_fraction,
     require_positive,
 )
-from bilevel_jax.environments import Environment
+from bilevel_jax.environments import Box, Environment
 from bilevel_jax.mdp.regularizers import ShannonEntropy
-from bilevel_jax.networks import MLP, RewardNetwork, Scaled
+from bilevel_jax.networks import MLP, RewardNetwork, Scaled, as_vector
 from bilevel_jax.problems.options import MOST_STEPS, MOST_WIDTH, refuse_unused, require_size
 from bilevel_jax.problems.registry import register
 from bilevel_jax.problems.simulators import CLASSIC, Classic
@@ -115,9 +115,10 @@ class Incentives(SampledProblem):
         self.environment = CLASSIC[self.work]()
         max_payment = as_float("max_payment", options.max_payment, float)
         require_positive("max_payment", max_payment, "it bounds the payments")
-        network = Scaled(
-            jnp.asarray(WORK[self.work].scale), network=MLP(options.width, layer_norm=False, activation="silu")
-        )
+        scale, actions = jnp.asarray(WORK[self.work].scale), self.environment.action_space
+        if options.inputs == "state_action" and isinstance(actions, Box):  # then the network is given the action, too
+            scale = as_vector({"observation": scale, "action": actions.high}, scale.dtype)
+        network = Scaled(scale, network=MLP(options.width, layer_norm=False, activation="silu"))
         self.model = RewardNetwork.of(self.environment, network, options.inputs, bound=max_payment)
         self.effort = as_float("effort", options.effort, float)
         self.price = as_float("price", options.price, float)

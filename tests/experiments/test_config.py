@@ -10,6 +10,7 @@ import jax
 import pytest
 import yaml
 from experiment_helpers import BARE_SYNTHETIC, ROOMS_BY_ADAM, library_choices, write
+from helpers import WITH_MODEL
 
 from bilevel_jax import problems
 from bilevel_jax.core.errors import InputError
@@ -187,7 +188,7 @@ def test_grid_order_and_content(tmp_path):
 
 def combinations() -> list[tuple[str, ...]]:
     """Every problem, solver, linear solver and optimizer, each with some of the others."""
-    names = [list(problems.names()), *(list(library_choices(KINDS[kind])) for kind in ("solver", "linear solver"))]
+    names = [list(WITH_MODEL), *(list(library_choices(KINDS[kind])) for kind in ("solver", "linear solver"))]
     names.append([name for name in optimizers() if name != "lbfgs"])
     rounds = max(map(len, names))
     return [tuple(column[i % len(column)] for column in names) for i in range(rounds)]

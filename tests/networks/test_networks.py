@@ -115,6 +115,9 @@ def test_scaled_observations():
     np.testing.assert_allclose(network.apply(params, VECTOR), want, rtol=1e-12)
     with pytest.raises(bj.InputError, match="scale"):
         bj.networks.Scaled(0.0)
+    for name in ("scale", "offset"):
+        with pytest.raises(bj.InputError, match=rf"{name}: expected a number or shape \[3\], .* got shape \[4\]"):
+            bj.networks.Scaled(**{name: jnp.ones(4)}).init(KEY, VECTOR, 2)
 
 
 def test_linen_against_the_module():

@@ -11,6 +11,7 @@ import typing
 import jax
 import numpy as np
 import pytest
+from environment_helpers import Anything
 
 import bilevel_jax as bj
 from bilevel_jax.core.functions import Table
@@ -65,6 +66,8 @@ def numbers_of(name, chosen):
     pairs = {o: d * np.array([1, 0.9]) for o, hint, d in fields_of(name) if hint is float and o not in chosen}
     if name == "four_rooms":
         pairs["closed"] = np.array([0.2, 0.1])
+    if chosen.get("environment") == "cart_pole":
+        pairs.pop("effort", None)  # of which there is no choice
     return pairs | {o: np.array([0, 1]) for o, _, _ in fields_of(name) if o == "seed"}
 
 
@@ -75,15 +78,19 @@ def one_step(problem):
     if isinstance(problem, bj.Problem):
         made += jax.tree.leaves(bj.hypergradient(problem, x, with_error=False).gradient)
     if isinstance(problem, bj.SampledProblem):
-        reward = problem.reward(x)
-
-        def softmax(state):
-            return jax.nn.softmax(reward.all(state))
-
-        policy = Table(jax.nn.softmax(reward.values)) if isinstance(reward, Table) else softmax
-        drawn = rollout(KEY, problem.environment, policy, batch=problem.trajectories, horizon=problem.horizon)
+        drawn = rollout(
+            KEY, problem.environment, policy_of(problem, x), batch=problem.trajectories, horizon=problem.horizon
+        )
         made.append(problem.loss(KEY, x, drawn))
     return made
+
+
+def policy_of(problem, x):
+    """One that prefers what the problem pays for where it pays for actions, else one that does not look."""
+    reward = problem.reward(x)
+    if isinstance(reward, Table):
+        return Table(jax.nn.softmax(reward.values))
+    return Anything(problem.environment.action_space)
 
 
 def build(name, chosen, numbers):

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from environment_helpers import Anything
 from helpers import central_difference, flat, random_like
 
 import bilevel_jax as bj
-from bilevel_jax.agents.deep.gaussian import Uniform
 from bilevel_jax.bilevel import reparameterized
 from bilevel_jax.environments import rollout
 
@@ -20,26 +20,16 @@ def make(**options):
     return bj.problems.make("incentives", **{"width": 4, "horizon": 12} | options)
 
 
-class Anything(bj.environments.Policy):
-    """The uniform policy."""
-
-    space: bj.environments.Discrete | bj.environments.Box
-
-    def distribution(self, observation):
-        if isinstance(self.space, bj.environments.Box):
-            return Uniform(*(jnp.full(self.space.shape, bound) for bound in (-2.0, 2.0)))
-        return bj.environments.Categorical(jnp.full(self.space.n, 1 / self.space.n))
-
-
 def seen(problem):
     policy = Anything(problem.action_space)
     return rollout(jax.random.key(1), problem.environment, policy, batch=1, horizon=problem.horizon)
 
 
+@pytest.mark.parametrize("inputs", ["state", "next_state", "state_action"])
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
-def test_who_earns_and_pays_what(environment):
+def test_who_earns_and_pays_what(environment, inputs):
     effort = {} if environment == "cart_pole" else {"effort": 0.3}
-    problem = make(environment=environment, price=0.7, max_payment=0.2, **effort)
+    problem = make(environment=environment, inputs=inputs, price=0.7, max_payment=0.2, **effort)
     x = jax.tree.map(lambda leaf: 5 * leaf, problem.start(KEY))
     steps = seen(problem)
     payment, reward = problem.payment(x), problem.reward(x)

@@ -42,7 +42,7 @@ def test_who_earns_and_pays_what(environment, inputs):
         step = [jax.tree.map(lambda leaf, h=h: leaf[0, h], part) for part in
                 (steps.observation, steps.action, steps.next_observation)]  # fmt: skip
         paid = float(payment.of_step(*step))
-        assert abs(paid) < 0.2
+        assert abs(paid) <= 0.2
         paid_in_all.append(paid)
         action, after = np.asarray(step[1]), np.asarray(step[2])
         effort, gain = {

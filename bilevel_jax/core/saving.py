@@ -79,8 +79,8 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
             raise InputError(f"like{name}: expected an array or its shape and dtype, got {type(leaf).__name__}")
         read = _as_leaf(array, leaf)
         if read is None:
-            expected, found = (f"{one.dtype}{list(one.shape)}" for one in (leaf, array))
-            raise InputError(f"like{name}: expected {expected}, the file has {found}")
+            found = f"{array.dtype}{list(array.shape)}"
+            raise InputError(f"like{name}: expected {_described(leaf)}, the file has {found}")
         leaves.append(read)
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
@@ -120,6 +120,14 @@ def _as_leaf(array: np.ndarray, like: Any) -> jax.Array | None:
     if _is_opaque(dtype) and array.dtype == np.dtype(f"u{dtype.itemsize}"):
         array = array.view(dtype)
     return jnp.asarray(array) if array.shape == like.shape and array.dtype == dtype else None
+
+
+def _described(leaf: Any) -> str:
+    if not _is_key(leaf):
+        return f"{leaf.dtype}{list(leaf.shape)}"
+    data = jax.eval_shape(jax.random.key_data, leaf)
+    generator = jax.random.key_impl(jnp.zeros((), leaf.dtype))
+    return f"random keys of {generator}, {data.dtype}{list(data.shape)}"
 
 
 def _is_opaque(dtype: np.dtype) -> bool:

@@ -10,7 +10,7 @@ from bilevel_jax.networks.modules import Module
 
 class Equinox(Module):
     """The network that `function(key, observation, outputs)` returns, an `equinox.Module` that is called with one
-    observation.
+    observation. A dropout is off.
 
     Args:
       function: called with a key, zeros in the shape of an observation, and the number of outputs (static). Two
@@ -32,4 +32,4 @@ class Equinox(Module):
     function: Callable[..., Any] = eqx.field(static=True)
 
     def build(self, key, observation, outputs):
-        return self.function(key, observation, outputs)
+        return eqx.nn.inference_mode(self.function(key, observation, outputs))

@@ -3,10 +3,12 @@
 from typing import Any
 
 import equinox as eqx
+import flax.errors
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.promotion import usual_promotion
 from bilevel_jax.networks.flat import numbers
 from bilevel_jax.networks.protocol import Network, example
@@ -16,13 +18,13 @@ class Linen(Network):
     """A module of flax linen that is called with one observation.
 
     Its parameters are those of `module.init`, all collections of it. Only "params" has derivatives; running statistics
-    of a batch normalization, say, are constants.
+    of a batch normalization, say, are constants. Nothing random goes in: a dropout has to be deterministic.
 
     Args:
       module: it has to return as many numbers as are asked for (static).
 
     Raises:
-      InputError: in `init`, the module returns another number of outputs.
+      InputError: in `init`, the module returns another number of outputs, or asks for random numbers.
 
     Example:
       >>> import flax.linen as nn
@@ -35,9 +37,15 @@ class Linen(Network):
     module: nn.Module = eqx.field(static=True)
 
     def init(self, key: PRNGKeyArray, observation: Any, outputs: int) -> Any:
-        with usual_promotion():
-            params = self.module.init(key, example(observation))
-        numbers("module", jax.eval_shape(self.apply, params, example(observation)), outputs)
+        try:
+            with usual_promotion():
+                params = self.module.init(key, example(observation))
+            made = jax.eval_shape(self.apply, params, example(observation))
+        except flax.errors.InvalidRngError as error:
+            raise InputError(
+                f"module: it asks for random numbers, and is given none ({error}); make dropouts deterministic=True"
+            ) from None
+        numbers("module", made, outputs)
         return params
 
     def apply(self, params: Any, observation: Any) -> Float[Array, " outputs"]:

@@ -4,7 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.sizes import size
+from bilevel_jax.core.validation import is_known
 from bilevel_jax.networks.mlp import MLP
 from bilevel_jax.networks.protocol import Network
 
@@ -17,7 +19,8 @@ class OneHot(Network):
       network: what the vectors go into. None is a linear function that begins with zeros: a table.
 
     Raises:
-      InputError: states below 1.
+      InputError: states below 1; an observation out of 0 to S - 1, where its value is known. Where it is not, the
+        outputs are NaN.
 
     Example:
       >>> network = bj.networks.OneHot(8)
@@ -38,4 +41,7 @@ class OneHot(Network):
         return self.network.init(key, jnp.zeros(self.states), outputs)
 
     def apply(self, params, observation):
-        return self.network.apply(params, jax.nn.one_hot(observation, self.states))
+        valid = (jnp.asarray(observation) >= 0) & (jnp.asarray(observation) < self.states)
+        if is_known(valid) and not bool(jnp.all(valid)):
+            raise InputError(f"observation: expected a state from 0 to {self.states - 1}, got {observation}")
+        return self.network.apply(params, jnp.where(valid, jax.nn.one_hot(observation, self.states), jnp.nan))

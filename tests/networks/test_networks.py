@@ -158,6 +158,11 @@ def test_what_cannot_be_a_network_is_refused():
         NNX(lambda rngs: nnx.BatchNorm(3, rngs=rngs)).init(KEY, VECTOR, 3)
     with pytest.raises(bj.InputError, match="int32 array"):
         bj.networks.equinox.Equinox(_Counter).init(KEY, VECTOR, 3)
+    with pytest.raises(bj.InputError, match=r"module: it asks for random numbers.*deterministic=True"):
+        Linen(nn.Sequential([nn.Dense(3), nn.Dropout(0.5, deterministic=False)])).init(KEY, VECTOR, 3)
+    for state in (-1, 8):
+        with pytest.raises(bj.InputError, match=f"observation: expected a state from 0 to 7, got {state}"):
+            bj.networks.OneHot(8).apply(bj.networks.OneHot(8).init(KEY, jnp.asarray(0), 3), jnp.asarray(state))
     with pytest.raises(bj.InputError, match="expected a frame"):
         bj.networks.NatureCNN().init(KEY, VECTOR, 3)
     with pytest.raises(bj.InputError, match="20 x 20 is too small"):
@@ -178,6 +183,24 @@ class _Counter(eqx.Module):
 
     def __call__(self, observation):
         return observation
+
+
+def test_a_state_that_there_is_not_has_no_number():
+    network = bj.networks.OneHot(8, bj.networks.MLP(width=4))
+    params = network.init(KEY, jnp.asarray(0), 3)
+    made = jax.jit(jax.vmap(network.apply, (None, 0)))(params, jnp.array([-1, 0, 7, 8]))
+    assert np.isnan(np.asarray(made)).all(1).tolist() == [True, False, False, True]
+
+
+def test_dropouts_are_off():
+    def build(key, observation, outputs):
+        layer = eqx.nn.Linear(observation.size, outputs, key=key)
+        return eqx.nn.Sequential([layer, eqx.nn.Dropout(0.9)])
+
+    network = bj.networks.equinox.Equinox(build)
+    params = network.init(KEY, VECTOR, 4)
+    want = params.arrays[0].weight @ VECTOR + params.arrays[0].bias
+    np.testing.assert_allclose(network.apply(params, VECTOR), want, rtol=1e-12)
 
 
 def test_frames_of_bytes_are_divided_once():

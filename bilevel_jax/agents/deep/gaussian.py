@@ -40,8 +40,12 @@ class Gaussian(Distribution):
         return action, self.log_prob(action)
 
     def log_prob(self, action: Real[Array, "*shape"]) -> Float[Array, ""]:
+        return jnp.sum(self.log_densities(action))
+
+    def log_densities(self, action: Real[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """The logarithm of each entry's density."""
         distance = (action.astype(self.mean.dtype) - self.mean) * jnp.exp(-self.log_std)
-        return -jnp.sum(distance**2 / 2 + self.log_std + HALF_LOG_TAU)
+        return -(distance**2 / 2 + self.log_std + HALF_LOG_TAU)
 
     def entropy(self) -> Float[Array, ""]:
         return jnp.sum(self.log_std + HALF_LOG_TAU + 0.5)
@@ -57,7 +61,9 @@ class TanhGaussian(Distribution):
 
       log p(a) = log N(u; mean, std) - log half - log(1 - tanh(u)^2),   summed over the entries.
 
-    An action that is a bound, by rounding, has the density of the nearest number inside.
+    Where 1 - |tanh(u)| is below 8 of the spacings of numbers at 1, or of actions at the bounds, the action is the
+    bound, and u cannot be read off it. The density of a bound is then the probability of all these u, divided by the
+    length that they stand for: ratios of the densities of two policies are those of the probabilities of what was seen.
 
     Args:
       mean, log_std: of u.
@@ -79,16 +85,21 @@ class TanhGaussian(Distribution):
         return self._action(self._before.sample(key))
 
     def sample_with_log_prob(self, key: PRNGKeyArray) -> tuple[Float[Array, "*shape"], Float[Array, ""]]:
-        """Draw an action, with derivatives in the mean and the deviation, and the logarithm of its density, computed
-        from u: it keeps its digits where the action is a bound by rounding.
+        """Draw an action, with derivatives in the mean and the deviation, and the logarithm of its density by the
+        formula, computed from u: where the action is a bound, too.
         """
         u = self._before.sample(key)
-        return self._action(u), self._log_density(u)
+        return self._action(u), jnp.sum(self._log_densities(u))
 
     def log_prob(self, action: Real[Array, "*shape"]) -> Float[Array, ""]:
         mid, half = self._mid_half()
-        inside = 1 - jnp.finfo(half.dtype).epsneg
-        return self._log_density(jnp.arctanh(jnp.clip((action.astype(half.dtype) - mid) / half, -inside, inside)))
+        margin = self._margin()
+        place = (action.astype(half.dtype) - mid) / half
+        at_bound = jnp.abs(place) > 1 - margin / 2
+        last = _arctanh_from_one(margin)
+        u = jnp.where(at_bound, 0, jnp.arctanh(jnp.clip(place, margin - 1, 1 - margin)))
+        beyond = jax.scipy.special.log_ndtr((jnp.sign(place) * self.mean - last) * jnp.exp(-self.log_std))
+        return jnp.sum(jnp.where(at_bound, beyond - jnp.log(margin * half), self._log_densities(u)))
 
     def entropy(self) -> Float[Array, ""]:
         """That of u, plus the mean of log(1 - tanh(u)^2), for which there is no formula: it is a trapezoidal sum of 129
@@ -118,10 +129,19 @@ class TanhGaussian(Distribution):
 
     def _action(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         mid, half = self._mid_half()
-        return jnp.clip((mid + half * jnp.tanh(u)).astype(self.low.dtype), self.low, self.high)
+        inner = jnp.clip((mid + half * jnp.tanh(u)).astype(self.low.dtype), self.low, self.high)
+        last = _arctanh_from_one(self._margin())
+        return jnp.where(u > last, self.high, jnp.where(u < -last, self.low, inner))
 
-    def _log_density(self, u: Float[Array, "*shape"]) -> Float[Array, ""]:
-        return self._before.log_prob(u) - jnp.sum(jnp.log(self._mid_half()[1]) + _log_slope(u))
+    def _margin(self) -> Float[Array, "*shape"]:
+        """1 - |tanh(u)| from which on the action is the bound."""
+        _, half = self._mid_half()
+        largest = jnp.maximum(jnp.abs(self.low), jnp.abs(self.high)).astype(half.dtype)
+        spacing = max(float(jnp.finfo(dtype).eps) for dtype in (half.dtype, self.low.dtype))
+        return jnp.minimum(8 * spacing * jnp.maximum(1, largest / half), 0.5)
+
+    def _log_densities(self, u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return self._before.log_densities(u) - jnp.log(self._mid_half()[1]) - _log_slope(u)
 
 
 class Uniform(Distribution):
@@ -179,6 +199,11 @@ def require_box(space: Any, who: str, *, squash: bool) -> Box:
             f"environment: the actions are from {low} to {high}, and a Gaussian knows no bounds; use squash=True"
         )
     return space
+
+
+def _arctanh_from_one(margin: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """arctanh(1 - margin)."""
+    return jnp.log((2 - margin) / margin) / 2
 
 
 def _log_slope(u: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

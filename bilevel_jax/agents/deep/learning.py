@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jaxtyping import Array, Float, Int32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
 from bilevel_jax.bilevel import SampledProblem
 from bilevel_jax.core.errors import InputError
@@ -64,11 +64,14 @@ class Episodes(eqx.Module):
     """Returns of episodes in the environment's own rewards, undiscounted.
 
     `returns` and `lengths` are those of the episodes under way, [B]. `mean_return` and `mean_length` are the means over
-    the episodes that ended in the last call in which any did, NaN before. `count` is the number of all that ended.
+    the episodes that ended in the last call in which any did, NaN before. `count` is the number of all that ended. The
+    first episode of each process does not count, as `start_processes` lets it begin late in its time limit; `first` [B]
+    says where that one is under way.
     """
 
     returns: Float[Array, " B"]
     lengths: Int32[Array, " B"]
+    first: Bool[Array, " B"]
     mean_return: Float[Array, ""]
     mean_length: Float[Array, ""]
     count: Int32[Array, ""]
@@ -77,7 +80,14 @@ class Episodes(eqx.Module):
     def start(cls, processes: int) -> "Episodes":
         """No step was made."""
         nan = jnp.asarray(jnp.nan, jnp.result_type(float))
-        return cls(jnp.zeros(processes), jnp.zeros(processes, jnp.int32), nan, nan, jnp.zeros((), jnp.int32))
+        return cls(
+            returns=jnp.zeros(processes),
+            lengths=jnp.zeros(processes, jnp.int32),
+            first=jnp.ones(processes, bool),
+            mean_return=nan,
+            mean_length=nan,
+            count=jnp.zeros((), jnp.int32),
+        )
 
     def after(self, seen: Trajectory) -> "Episodes":
         """After the steps of a trajectory of `collect`, [B, H]. Steps that are not `valid` have no reward, and do not
@@ -85,22 +95,25 @@ class Episodes(eqx.Module):
         """
 
         def step(carry, now):
-            returns, lengths, total, steps, count = carry
+            returns, lengths, first, total, steps, count = carry
             reward, ended, valid = now
             returns, lengths = returns + reward, lengths + valid.astype(jnp.int32)
-            total = total + jnp.sum(jnp.where(ended, returns, 0))
-            steps = steps + jnp.sum(jnp.where(ended, lengths, 0), dtype=jnp.int32)
-            count = count + jnp.sum(ended, dtype=jnp.int32)
-            return (jnp.where(ended, 0, returns), jnp.where(ended, 0, lengths), total, steps, count), None
+            counts = ended & ~first
+            total = total + jnp.sum(jnp.where(counts, returns, 0))
+            steps = steps + jnp.sum(jnp.where(counts, lengths, 0), dtype=jnp.int32)
+            count = count + jnp.sum(counts, dtype=jnp.int32)
+            returns, lengths = jnp.where(ended, 0, returns), jnp.where(ended, 0, lengths)
+            return (returns, lengths, first & ~ended, total, steps, count), None
 
         nothing = jnp.zeros((), jnp.int32)
-        first = (self.returns, self.lengths, jnp.zeros((), self.returns.dtype), nothing, nothing)
+        at_start = (self.returns, self.lengths, self.first, jnp.zeros((), self.returns.dtype), nothing, nothing)
         by_time = (seen.reward.astype(self.returns.dtype).T, (seen.terminated | seen.truncated).T, seen.valid.T)
-        (returns, lengths, total, steps, count), _ = lax.scan(step, first, by_time)
+        (returns, lengths, first, total, steps, count), _ = lax.scan(step, at_start, by_time)
         some, ended = count > 0, jnp.maximum(count, 1).astype(total.dtype)
         return Episodes(
             returns=returns,
             lengths=lengths,
+            first=first,
             mean_return=jnp.where(some, total / ended, self.mean_return),
             mean_length=jnp.where(some, steps.astype(total.dtype) / ended, self.mean_length),
             count=self.count + count,

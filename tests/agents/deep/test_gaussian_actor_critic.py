@@ -104,6 +104,30 @@ def test_bounds_have_finite_densities_and_derivatives(dtype, low_high):
             assert ((drawn >= low[None]) & (drawn <= high[None])).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (-1.0, 3.0), (0.0, 2e-3), (100.0, 101.0)])
+@pytest.mark.parametrize(
+    ("acted", "other"),
+    [((12.0, 0.0), (13.0, 0.0)), ((-30.0, 0.5), (-29.0, 0.3)), ((7.9, 0.0), (8.2, -0.2)), ((1.0, 1.5), (-1.0, 1.4))],
+)
+def test_ratios_of_saturated_policies_have_the_mean_one(dtype, bounds, acted, other):
+    """The mean of pi(a) / mu(a) over the actions of mu, by quadrature over u: what importance ratios are for."""
+    low, high = (jnp.full((1,), bound, dtype) for bound in bounds)
+
+    def policy(mean, log_std):
+        return TanhGaussian(jnp.full((1,), mean, dtype), jnp.full((1,), log_std, dtype), low, high)
+
+    nodes = jnp.linspace(-9, 9, 100_001).astype(dtype)
+    u = jnp.asarray(acted[0], dtype) + jnp.exp(jnp.asarray(acted[1], dtype)) * nodes
+    actions = jax.vmap(policy(*acted)._action)(u[:, None])
+    logs = [jax.vmap(policy(*numbers).log_prob)(actions) for numbers in (acted, other)]
+    # Between the last numbers before a bound, densities are those of numbers beside them: a mean of one to percents.
+    mean = integrate.trapezoid(
+        np.exp(np.asarray(logs[1], float) - np.asarray(logs[0], float)) * stats.norm.pdf(nodes), nodes
+    )
+    assert abs(mean - 1) < 0.02
+
+
 @pytest.mark.parametrize("distribution", [squashed(0.7, -0.5), Gaussian(jnp.ones(1), jnp.full(1, -0.5))])
 def test_draws_have_the_density(distribution):
     """Chi-square of 30 cells; the chance of a false alarm is 1e-6."""

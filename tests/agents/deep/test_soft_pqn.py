@@ -127,7 +127,7 @@ def test_returns_of_episodes_against_a_loop():
         Trajectory(None, None, None, None, jnp.asarray(r), None, jnp.asarray(e), jnp.zeros_like(e), jnp.ones_like(e))
         for r, e in zip(np.split(rewards, 3, 1), np.split(ends, 3, 1), strict=True)
     ]
-    episodes, running, count = Episodes.start(3), np.zeros(3), 0
+    episodes, running, count, first = Episodes.start(3), np.zeros(3), 0, np.ones(3, bool)
     assert np.isnan(episodes.mean_return)
     for part, piece in enumerate(seen):
         episodes = episodes.after(piece)
@@ -136,8 +136,8 @@ def test_returns_of_episodes_against_a_loop():
             running += rewards[:, t]
             for b in range(3):
                 if ends[b, t]:
-                    made.append(running[b])
-                    running[b] = 0
+                    made += [] if first[b] else [running[b]]
+                    running[b], first[b] = 0, False
         count += len(made)
         np.testing.assert_allclose(episodes.mean_return, np.mean(made))
         assert int(episodes.count) == count

@@ -25,7 +25,17 @@ def lower_level(problem, x):
 
 def algorithms(problem, x):
     key = jax.random.key(0)
-    for name in ("m_sobirl", "sobirl", "stoc_sobirl", "amd", "pbrl", "hpgd", "bc_hg", "attenuating_actor_critic"):
+    for name in (
+        "m_sobirl",
+        "sobirl",
+        "stoc_sobirl",
+        "amd",
+        "pbrl",
+        "hpgd",
+        "bc_hg",
+        "attenuating_actor_critic",
+        "two_policy_penalty",
+    ):
         algorithm = bj.algorithms.make_algorithm(name, problem, optax.adam(0.1))
         _, info = algorithm.step(key, algorithm.init(key, x))
         assert jnp.isfinite(info.gradient_norm), name

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.bilevel import Problem, SampledProblem, lower_level
-from bilevel_jax.bilevel.sampled_problem import require_no_environment_reward
+from bilevel_jax.bilevel.sampled_problem import require_reward_alone
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.results import where_converged
 from bilevel_jax.environments import TabularPolicy
@@ -55,7 +55,7 @@ class ExactAgent(Agent):
                 f"use an agent that learns from samples, e.g. SoftQLearning()"
             )
         if isinstance(problem, SampledProblem):
-            require_no_environment_reward(problem, "ExactAgent")
+            require_reward_alone(problem, "ExactAgent")
         reward = problem.mdp(x).reward
         uniform = jnp.full_like(reward, 1 / reward.shape[-1])
         return ExactState(jnp.zeros_like(reward[..., 0]), _table(uniform), jnp.full((), jnp.inf, reward.dtype))

@@ -16,6 +16,7 @@ from bilevel_jax.algorithms.sampled.hpgd import hpgd
 from bilevel_jax.algorithms.sampled.naive import naive
 from bilevel_jax.algorithms.sampled.sobirl import Reuse, sobirl
 from bilevel_jax.algorithms.sampled.stoc_sobirl import StocSchedule, stoc_schedule, stoc_sobirl
+from bilevel_jax.algorithms.sampled.two_policy_penalty import two_policy_penalty
 from bilevel_jax.algorithms.sampled.zero_order import zero_order
 from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.core.schedules import Attenuation, Cooling
@@ -50,5 +51,6 @@ __all__ = [
     "sobirl",
     "stoc_schedule",
     "stoc_sobirl",
+    "two_policy_penalty",
     "zero_order",
 ]

@@ -70,6 +70,22 @@ class SampledProblem(eqx.Module):
         """
         return None
 
+    def earned(self, x: Any, trajectories: Trajectory) -> Float[Array, "B H"]:
+        """What the lower level earns in each step of trajectories [B, H]: `reward(x)`, and the weighted rewards of the
+        environment.
+        """
+        steps = trajectories.observation, trajectories.action, trajectories.next_observation
+        rewards = jax.vmap(jax.vmap(self.reward(x).of_step))(*steps)
+        weight = self.environment_reward_weight()
+        if weight is None:
+            return rewards
+        return rewards + jnp.asarray(weight, rewards.dtype) * trajectories.reward.astype(rewards.dtype)
+
+    @property
+    def earns_reward_alone(self) -> bool:
+        """Whether `reward(x)` is all that the lower level earns."""
+        return self.environment_reward_weight() is None
+
     @property
     def action_space(self) -> Space:
         """The action space of the environment: `Discrete(A)`, or a `Box` of continuous actions."""
@@ -172,12 +188,12 @@ def require_entropy(regularizer: Regularizer) -> Regularizer:
     return regularizer
 
 
-def require_no_environment_reward(problem: SampledProblem, what: str) -> None:
-    """Raise InputError if the lower level earns rewards that the environment emits, which `what` does not know."""
-    if problem.environment_reward_weight() is not None:
+def require_reward_alone(problem: SampledProblem, what: str) -> None:
+    """Raise InputError if the lower level earns more than `reward(x)`, which `what` does not know."""
+    if not problem.earns_reward_alone:
         raise InputError(
-            f"problem: {what} learns from reward(x) alone, but {type(problem).__name__} has an "
-            f"environment_reward_weight; use an agent with a network, e.g. SoftPQN()"
+            f"problem: {what} learns from reward(x) alone, but the agent of {type(problem).__name__} earns more "
+            f"(an environment_reward_weight, or a penalty); use an agent with a network, e.g. SoftPQN()"
         )
 
 

@@ -71,6 +71,13 @@ class WrappedSimulator(Wrapper, SampledProblem):
     def environment_reward_weight(self) -> Scalar | None:
         return self.problem.environment_reward_weight()
 
+    def earned(self, x: Any, trajectories: Trajectory) -> Float[Array, "B H"]:
+        return self.problem.earned(self.inner(x), trajectories)
+
+    @property
+    def earns_reward_alone(self) -> bool:
+        return self.problem.earns_reward_alone
+
     def reward(self, x: Any) -> Any:
         return self.problem.reward(self.inner(x))
 

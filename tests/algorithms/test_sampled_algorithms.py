@@ -13,8 +13,18 @@ from sampled_helpers import KEY, EndingGarnet, WholeGarnet, garnet, quick_jit, r
 
 import bilevel_jax as bj
 from bilevel_jax import replay
-from bilevel_jax.agents import ActorCritic, Agent, ExactAgent
-from bilevel_jax.algorithms import Reuse, attenuating_actor_critic, base, bc_hg, hpgd, naive, sobirl, zero_order
+from bilevel_jax.agents import ActorCritic, Agent, ExactAgent, SoftPQN
+from bilevel_jax.algorithms import (
+    Reuse,
+    attenuating_actor_critic,
+    base,
+    bc_hg,
+    hpgd,
+    naive,
+    sobirl,
+    two_policy_penalty,
+    zero_order,
+)
 from bilevel_jax.algorithms.sampled.stoc_sobirl import stoc_sobirl
 from bilevel_jax.core.functions import Table, tabulate
 from bilevel_jax.environments import TabularPolicy, policy_table
@@ -33,6 +43,7 @@ from bilevel_jax.estimators import (
 RATE = 0.3
 OPTIMIZER = optax.inject_hyperparams(optax.sgd)(learning_rate=RATE)
 AGENT = ExactAgent()
+PQN = SoftPQN(bj.networks.OneHot(5), processes=8, steps=10)
 BATCH, HORIZON, PAIRS = 8, 20, 10
 
 
@@ -77,6 +88,10 @@ ALGORITHMS = {
     ),
     "attenuating_actor_critic": (
         lambda problem: attenuating_actor_critic(problem, OPTIMIZER, agent=ActorCritic(processes=8, steps=10), batch=8),
+        2 * (8 * 10 + BATCH * HORIZON),
+    ),
+    "two_policy_penalty": (
+        lambda problem: two_policy_penalty(problem, OPTIMIZER, agent=PQN, batch=8),
         2 * (8 * 10 + BATCH * HORIZON),
     ),
 }

@@ -149,7 +149,7 @@ def test_nothing_compiles_anew_and_memory_stays(tmp_path):
         del made
         live.append(sum(array.nbytes for array in jax.live_arrays()))
         counts.append(program.advance._cache_size())
-    assert counts == [1, 1, 1, 1]
+    assert len(set(counts)) == 1, counts
     assert len(set(live[1:])) == 1, live
 
 

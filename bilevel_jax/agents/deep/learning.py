@@ -10,7 +10,6 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
-from bilevel_jax.bilevel import SampledProblem
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.promotion import usual_promotion
 from bilevel_jax.core.schedules import as_schedule
@@ -18,15 +17,6 @@ from bilevel_jax.core.validation import as_float, require_positive
 from bilevel_jax.environments import Trajectory
 
 Rule = Literal["adam", "radam"]
-
-
-def step_rewards(problem: SampledProblem, x: Any, seen: Trajectory) -> Float[Array, "B H"]:
-    """What the lower level earns in each step at x, [B, H]."""
-    rewards = jax.vmap(jax.vmap(problem.reward(x).of_step))(seen.observation, seen.action, seen.next_observation)
-    weight = problem.environment_reward_weight()
-    if weight is None:
-        return rewards
-    return rewards + jnp.asarray(weight, rewards.dtype) * seen.reward.astype(rewards.dtype)
 
 
 def returns_with_traces(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int32, Integer, PRNGKeyArray
 
 from bilevel_jax import replay
 from bilevel_jax.agents.deep.actors import CategoricalActor, GaussianActor, UniformFirst
-from bilevel_jax.agents.deep.learning import Episodes, Optimizer, step_rewards
+from bilevel_jax.agents.deep.learning import Episodes, Optimizer
 from bilevel_jax.agents.processes import as_limit, simulator
 from bilevel_jax.agents.protocol import Agent
 from bilevel_jax.bilevel import SampledProblem
@@ -74,7 +74,7 @@ def rewards_now(problem: SampledProblem, x: Any, steps: Step) -> Float[Array, " 
         truncated=jnp.zeros_like(one.terminated),
         valid=one.valid,
     )
-    return step_rewards(problem, x, seen)[0]
+    return problem.earned(x, seen)[0]
 
 
 class Learned(eqx.Module):

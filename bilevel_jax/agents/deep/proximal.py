@@ -18,7 +18,6 @@ from bilevel_jax.agents.deep.learning import (
     minibatch_steps,
     require_divisible,
     returns_with_traces,
-    step_rewards,
 )
 from bilevel_jax.agents.processes import as_limit, as_unit, at_states, simulator
 from bilevel_jax.agents.protocol import Agent
@@ -232,7 +231,7 @@ class PPO(Agent):
         following = self._values(critic, merge_axes(seen.next_observation)).reshape(shape)
         distributions = jax.vmap(self._actor(actor, problem, x).distribution)(observation)
         logs = jax.vmap(lambda one, action: one.log_prob(action))(distributions, action)
-        rewards = step_rewards(problem, x, seen).astype(values.dtype)
+        rewards = problem.earned(x, seen).astype(values.dtype)
         own = jnp.zeros_like(rewards)
         if self.entropy_weight is None:
             regularizer = at_states(problem.regularizer(x), observation)

@@ -17,7 +17,6 @@ from bilevel_jax.agents.deep.learning import (
     minibatch_steps,
     require_divisible,
     returns_with_traces,
-    step_rewards,
 )
 from bilevel_jax.agents.processes import as_limit, as_unit, at_states, simulator, take
 from bilevel_jax.agents.protocol import Agent
@@ -159,7 +158,7 @@ class SoftPQN(Agent):
         Steps that are not `valid` have no weight; `all_valid` says that there are none (static).
         """
         regularizer = problem.regularizer(x)
-        rewards = step_rewards(problem, x, seen)
+        rewards = problem.earned(x, seen)
         q = self._values(state.params, merge_axes(seen.next_observation))
         rewards = rewards.astype(q.dtype)
         local = at_states(regularizer, merge_axes(seen.next_observation))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32, Integer, Real
 
 from bilevel_jax.agents.processes import at_states, number_of_states
 from bilevel_jax.bilevel import SampledProblem
-from bilevel_jax.bilevel.sampled_problem import require_no_environment_reward
+from bilevel_jax.bilevel.sampled_problem import require_reward_alone
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.functions import ActionFunction, Linear, tabulate
 from bilevel_jax.core.indexing import gather
@@ -174,7 +174,7 @@ def values_at(problem: SampledProblem, x: Any, features: Any, initial_value: Any
     Raises:
       InputError: no features where observations are not states of a table; features of a wrong shape.
     """
-    require_no_environment_reward(problem, "an agent with a table or features")
+    require_reward_alone(problem, "an agent with a table or features")
     states = number_of_states(problem.environment)
     if features is None and states is not None:
         return _table_values(problem, x, states, initial_value)

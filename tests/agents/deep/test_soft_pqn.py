@@ -7,7 +7,7 @@ import pytest
 
 import bilevel_jax as bj
 from bilevel_jax.agents import LinearDecay, SoftPQN, policy_gap
-from bilevel_jax.agents.deep.learning import Episodes, Optimizer, minibatch_steps, returns_with_traces, step_rewards
+from bilevel_jax.agents.deep.learning import Episodes, Optimizer, minibatch_steps, returns_with_traces
 from bilevel_jax.agents.processes import simulator
 from bilevel_jax.environments import Trajectory
 
@@ -257,17 +257,17 @@ def test_wrong_options_are_refused(options, message):
 def test_rewards_of_the_environment_count_by_their_weight(garnet):
     """Agents with tables refuse them: they would learn another problem."""
     problem, x = garnet
-    weighted = _Weighted(problem)
+    weighted = _Weighted(bj.problems.garnet.GarnetOptions(horizon=40))
     processes = bj.environments.start_processes(KEY, simulator(problem, None), 3)
     _, seen = bj.environments.collect(KEY, processes, jnp.full((8, 3), 1 / 3), 10)
     own = x[seen.observation, seen.action] + problem.base[seen.observation, seen.action]
-    np.testing.assert_allclose(step_rewards(problem, x, seen), own, rtol=1e-12)
-    np.testing.assert_allclose(step_rewards(weighted, x, seen), own + 2 * seen.reward, rtol=1e-12)
+    np.testing.assert_allclose(problem.earned(x, seen), own, rtol=1e-12)
+    np.testing.assert_allclose(weighted.earned(x, seen), own + 2 * seen.reward, rtol=1e-12)
     for other in (bj.agents.SoftQLearning(), bj.agents.ActorCritic(), bj.agents.SampledPolicyIteration()):
         with pytest.raises(bj.InputError, match="learns from reward"):
             other.init(KEY, weighted, x)
 
 
-class _Weighted(bj.bilevel.wrapper.WrappedSimulator):
+class _Weighted(bj.problems.garnet.Garnet):
     def environment_reward_weight(self):
         return jnp.asarray(2.0)

@@ -1,0 +1,213 @@
+"""A penalty method with two policies: first-order, from samples, with any agent that has a network."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from bilevel_jax.agents import Agent, GaussianActorCritic, SoftPQN
+from bilevel_jax.agents.deep.gaussian import Uniform
+from bilevel_jax.agents.processes import number_of_states
+from bilevel_jax.algorithms.registry import register_algorithm
+from bilevel_jax.algorithms.sampled.base import SampledAlgorithm, SampledEstimate, batch_steps, has_nan
+from bilevel_jax.algorithms.sampled.returns import reward_returns
+from bilevel_jax.algorithms.upper import UpperLevel
+from bilevel_jax.bilevel import Penalized, SampledProblem
+from bilevel_jax.bilevel.penalized import costs_alone
+from bilevel_jax.core.batching import merge_axes
+from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.schedules import as_schedule
+from bilevel_jax.core.validation import as_size, is_known
+from bilevel_jax.environments import Box, Categorical, Distribution, Policy, Trajectory
+from bilevel_jax.environments.spaces import Space
+from bilevel_jax.estimators import group_costs, sample_groups
+from bilevel_jax.estimators.costs import Costs
+from bilevel_jax.networks import OneHot
+
+
+class TwoPolicyPenalty(SampledAlgorithm):
+    """See `two_policy_penalty`.
+
+    The agent's state holds the states of two agents, stacked: first that of the lower level, then that of the penalized
+    policy. `objective` is the loss under the first.
+    """
+
+    softness: Callable
+    batch: int = eqx.field(static=True)
+
+    @classmethod
+    def requires(cls, problem):
+        reason = super().requires(problem)
+        if reason is not None:
+            return reason
+        if problem.trajectories != 1:
+            return f"has a loss that compares {problem.trajectories} trajectories, so that no step has a cost"
+        if is_known(problem.loss_discount, problem.discount) and problem.loss_discount != problem.discount:
+            upper, lower = float(problem.loss_discount), float(problem.discount)
+            return f"has costs discounted by {upper:.6g}, but an agent that discounts by {lower:.6g}"
+        return None
+
+    def start(self, x):
+        """Return x as every algorithm does. Raises InputError also where costs are not those of single steps."""
+        x = super().start(x)
+        problem = self.problem
+        if is_known(*jax.tree.leaves((x, problem))):
+            key = jax.random.key(0)
+            groups = sample_groups(key, problem, _Uniform(problem.action_space), 2)
+            if bool(self._history(x, groups, group_costs(key, problem, x, groups))):
+                raise InputError(
+                    f"loss: two_policy_penalty needs costs [H] whose entry h depends on step h alone, without random "
+                    f"numbers, but those of {type(problem).__name__} are others in a trajectory than step by step; use "
+                    f"sobirl"
+                )
+        return x
+
+    def init_agent(self, key, x):
+        alone = self.agent.init(key, self._penalized(jnp.zeros(())), x)
+        return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), alone)
+
+    def improve_agent(self, key, state):
+        def improve(agent: Any, softness: Float[Array, ""]) -> Any:
+            # The same key on both sides, so that what they share cancels.
+            return self.agent.improve(key, agent, self._penalized(softness), state.x)
+
+        softness = self.softness_at(state)
+        return jax.vmap(improve)(state.memory.agent, jnp.stack([jnp.zeros_like(softness), softness]))
+
+    def softness_at(self, state: Any) -> Float[Array, ""]:
+        """Return w at an iteration."""
+        return jnp.asarray(self.softness(state.iteration), self.problem.discount.dtype)
+
+    def _penalized(self, softness: Float[Array, ""]) -> Penalized:
+        return Penalized(self.problem, softness)
+
+    def report_agent(self, agent):
+        return self.agent.report(_of(agent, 0))
+
+    def policy(self, state):
+        return self._policy(state, 0)
+
+    def _policy(self, state: Any, which: int) -> Any:
+        return self.agent.policy(_of(state.memory.agent, which), self.problem, state.x)
+
+    def estimate_from_samples(self, key, state):
+        problem = self.problem
+        for_groups, for_loss = jax.random.split(key)
+        policies = [self._policy(state, which) for which in (0, 1)]
+        own, groups = (sample_groups(for_groups, problem, policy, self.batch) for policy in policies)
+        softness = self.softness_at(state)
+
+        def paid(x: Any, groups: Trajectory) -> tuple[Float[Array, ""], Costs]:
+            costs = group_costs(for_loss, problem, x, groups)
+            return jnp.sum(costs.factors[None] * costs.each) / self.batch, costs
+
+        def earned(x: Any, groups: Trajectory) -> Float[Array, ""]:
+            return jnp.mean(reward_returns(problem, x, merge_axes(groups))[:, 0])
+
+        def penalized(x: Any) -> tuple[Float[Array, ""], Any]:
+            value, costs = paid(x, groups)
+            gap = earned(x, own) - earned(x, groups)
+            return value + gap / softness.astype(gap.dtype), stop_gradient((value, gap, costs))
+
+        gradient, (of_penalized, gap, costs) = jax.grad(penalized, has_aux=True)(state.x)
+        wrong = self._history(state.x, groups, costs) | has_nan(policies[1])
+        value = jnp.where(wrong, jnp.nan, paid(state.x, own)[0])
+        return SampledEstimate(
+            value=value,
+            gradient=gradient,
+            memory=None,
+            effective_sample_size=jnp.asarray(float(self.batch)),
+            reports={"penalized_objective": of_penalized, "reward_gap": gap},
+        )
+
+    def _history(self, x: Any, groups: Trajectory, costs: Costs) -> Any:
+        """Whether costs in groups are others than those of the steps alone."""
+        alone = jnp.where(groups.valid[:, 0], costs_alone(self.problem, x, merge_axes(groups)), 0)
+        together = jnp.where(groups.valid[:, 0], costs.each, 0)
+        size = jnp.max(jnp.abs(together))
+        return jnp.max(jnp.abs(alone - together)) > 1e4 * jnp.finfo(size.dtype).eps * size
+
+    @property
+    def environment_steps(self):
+        return 2 * (self.agent.environment_steps(self.problem) + batch_steps(self.problem, self.batch))
+
+
+def two_policy_penalty(
+    problem: SampledProblem,
+    optimizer: optax.GradientTransformation | UpperLevel,
+    *,
+    agent: Agent | None = None,
+    batch: int = 64,
+    softness: float | Callable = 0.1,
+) -> TwoPolicyPenalty:
+    """The value penalty of Shen, Yang and Chen (ICML 2024, arXiv 2402.06886) with networks, for any actions.
+
+    Two agents learn at the same time. One earns r_x, and learns pi*(x). The other one earns r_x - w c, c the cost that
+    the upper level pays in a step; its policy pi minimizes f(x, pi) + (J*(x) - J(x, pi)) / w, J the discounted,
+    regularized reward. x descends along the derivative of that minimum, in which both policies are constants:
+
+      grad = E_pi[ dl/dx ] + (1 / w) (E_own - E_pi)[ sum_h discount^h dr_x(s_h, a_h) ].
+
+    It needs no derivative of a log-policy, no advantage and no further rollouts, so that it works for continuous
+    actions as for numbered ones. It tends to the hyper-gradient as w tends to 0. Its bias is proportional to w, and its
+    noise to 1 / w where the policies differ by chance. Both agents and both batches use the same random numbers, so
+    that much of the noise cancels. J in the gradient is cut at the problem's horizon.
+
+    Args:
+      problem: a `SampledProblem` whose loss is [H] of one trajectory, with an entry h that depends on step h alone, and
+        `loss_discount` equal to `discount`; its numbers are leaves.
+      optimizer: an optax transformation, or an `UpperLevel`.
+      agent: both agents; one with a network. None is `GaussianActorCritic()` for continuous actions, else `SoftPQN()`
+        (on a table with `OneHot` observations).
+      batch: trajectories per iteration and policy (static).
+      softness: w, above 0: a number or a function of the iteration, in units of the reward per unit of the loss.
+
+    Raises:
+      InputError: batch below 1, softness not above 0; in `init`, costs that are not those of single steps, or an agent
+        that learns from reward(x) alone. Where costs are not known until the run, the objective becomes NaN instead.
+
+    Example:
+      >>> problem = bj.problems.make("garnet", horizon=20)
+      >>> agent = bj.agents.SoftPQN(bj.networks.OneHot(8), processes=4, steps=8)
+      >>> algorithm = bj.algorithms.two_policy_penalty(problem, optax.sgd(0.1), agent=agent, batch=8)
+      >>> state = algorithm.init(jax.random.key(0), problem.start(jax.random.key(1)))
+      >>> state, info = algorithm.step(jax.random.key(2), state)
+      >>> state.x.shape, info.objective.shape
+      ((8, 3), ())
+    """
+    agent = _default_agent(problem) if agent is None else agent
+    return TwoPolicyPenalty(problem, optimizer, agent, as_schedule("softness", softness), as_size("batch", batch))
+
+
+def _default_agent(problem: SampledProblem) -> Agent:
+    if isinstance(problem.action_space, Box):
+        return GaussianActorCritic()
+    states = number_of_states(problem.environment)
+    return SoftPQN() if states is None else SoftPQN(OneHot(states))
+
+
+class _Uniform(Policy):
+    """Any action, for a look at the costs."""
+
+    space: Space
+
+    def distribution(self, observation: Any) -> Distribution:
+        del observation
+        if isinstance(self.space, Box):
+            low, high = self.space.low, self.space.high
+            low = jnp.where(jnp.isfinite(low), low, jnp.where(jnp.isfinite(high), high - 1, -1))
+            return Uniform(low, jnp.where(jnp.isfinite(high), high, low + 1))
+        return Categorical(jnp.full(self.space.n, 1 / self.space.n))
+
+
+def _of(agents: Any, which: int) -> Any:
+    """The state of one of the two agents."""
+    return jax.tree.map(lambda leaf: leaf[which], agents)
+
+
+register_algorithm("two_policy_penalty", two_policy_penalty)

@@ -28,6 +28,9 @@ class Penalized(WrappedSimulator):
 
     softness: Real[Array, ""]
 
+    def __init__(self, problem: SampledProblem, softness: Real[Array, ""]):
+        self.problem, self.softness = problem, softness
+
     def earned(self, x: Any, trajectories: Trajectory) -> Float[Array, "B H"]:
         gained, costs = self.problem.earned(x, trajectories), costs_alone(self.problem, x, trajectories)
         return gained - self.softness.astype(gained.dtype) * costs.astype(gained.dtype)

@@ -123,7 +123,7 @@ def gaps_after(agent, key, problem, x, optimal, times):
     return policy_gap(table(agent, state, problem, x), optimal)
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AGENTS)
 def test_converges_to_the_optimal_policy(name):
@@ -136,7 +136,7 @@ def test_converges_to_the_optimal_policy(name):
     assert early.mean() > 3 * late.mean()
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "tsallis"])
 @pytest.mark.parametrize("name", ["q", "expected_sarsa", "policy_iteration"])

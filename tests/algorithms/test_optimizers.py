@@ -40,7 +40,7 @@ def types(tree):
     return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)), tree)
 
 
-@pytest.mark.often(12)
+@pytest.mark.often(8)
 @pytest.mark.few(12)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -66,7 +66,7 @@ def test_the_state_keeps_its_types_in_every_optimizer(name, dtype):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(x))
 
 
-@pytest.mark.often(8)
+@pytest.mark.often(5)
 @pytest.mark.parametrize("optimizer", ["adam", "polyak_sgd", "reduce_on_plateau", "inject_hyperparams", "momo"])
 @pytest.mark.parametrize("name", but(["implicit", "m_sobirl", "sobirl"], ALGORITHMS))
 def test_states_keep_their_types_in_every_algorithm(name, optimizer):

@@ -123,6 +123,7 @@ def with_rate(state, rate):
 # What every algorithm must allow.
 
 
+@pytest.mark.often(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_protocol(name):

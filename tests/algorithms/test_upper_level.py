@@ -65,7 +65,7 @@ def run(algorithm, x, steps):
     return jax.lax.scan(body, algorithm.init(KEY, x), jax.random.split(KEY, steps))
 
 
-@pytest.mark.often(6)
+@pytest.mark.often(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_projection_in_every_algorithm(name):
@@ -82,7 +82,7 @@ def test_projection_in_every_algorithm(name):
     assert int(state.iteration) == 1
 
 
-@pytest.mark.often(6)
+@pytest.mark.often(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_schedule_of_the_temperature_in_every_algorithm(name):

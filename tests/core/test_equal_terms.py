@@ -42,7 +42,7 @@ def check(made, right, bound):
     assert np.max(np.abs(np.asarray(made, np.longdouble) - right)) <= float(bound) < 1e-3 * float(np.max(np.abs(right)))
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("reward", REWARDS)
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_rows_that_the_compiler_sums(solver, first):
     check(made.value, right, made.stats.error_bound)
 
 
-@pytest.mark.often(6)
+@pytest.mark.often(4)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("first", [None, 0.5])
@@ -174,7 +174,7 @@ def test_logarithms_of_sums(actions, below, dtype):
         check(horizon.value[0], exact * np.log(total), horizon.error_bound)
 
 
-@pytest.mark.often(6)
+@pytest.mark.often(4)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("below", [0.7, 0.3])
 @pytest.mark.parametrize("actions", [16, 17, pytest.param(1000, marks=pytest.mark.slow), 10_000])

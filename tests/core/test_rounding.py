@@ -51,7 +51,7 @@ def maze(side, discount, wall, dtype, density=0.25):
 # Nothing to collect.
 
 
-@pytest.mark.often(4)
+@pytest.mark.often(3)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -138,7 +138,7 @@ def test_ends_by_discounts_of_zero():
         check_right(bj.solve(mdp, NONE, solver=solver), exact(mdp), 3e-7)
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("distance", [1e-6, 1e-8, 1e-10, 1e-12])
 @pytest.mark.parametrize("solver", ["auto", "VI", "modified"])
@@ -168,7 +168,7 @@ def test_hypergradient_of_a_corridor_that_ends():
 # Numbers that the answer is not made of.
 
 
-@pytest.mark.often(8)
+@pytest.mark.often(5)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_walls_that_cost_a_million(solver):
     assert cell == 35
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.few(2)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 @pytest.mark.parametrize("ratio", [1e3, 1e6, 1e12])
@@ -240,7 +240,7 @@ CLASSES = {
 }
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.few(4)
 @pytest.mark.parametrize("name", sorted(CLASSES))
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -309,7 +309,7 @@ def test_a_finite_horizon_whose_rounding_is_all_there_is():
 # Two computations of one number.
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1e-6, 1e-3, 1.0])
 @pytest.mark.parametrize("kind", ["shannon", "kl", "tsallis", "none"])

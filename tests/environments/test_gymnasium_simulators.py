@@ -89,7 +89,7 @@ WAYS = {
 }
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)

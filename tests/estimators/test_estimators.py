@@ -124,7 +124,7 @@ def made_with(name, number):
     return draws(setting(), UNBIASED[name], batches=600, **arguments)
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNBIASED)
 def test_unbiased(name):
@@ -231,7 +231,7 @@ def variance(name, number):
     return made_with(name, number).gradient.var(0).sum()
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNBIASED)
 def test_baselines_lower_the_variance(name):
@@ -526,7 +526,7 @@ def sizes_of(jaxpr):
             yield from sizes_of(inner)
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["coupled", "two visits", "shared", "exact", "one step", "model"])
 def test_nothing_as_wide_as_x_is_held_for_each_pair(name):

@@ -147,7 +147,7 @@ def test_what_a_run_writes_down_is_read_again(tmp_path):
         assert {**again, "modules": []} == {**values, "modules": []}, text
 
 
-@pytest.mark.often(14)
+@pytest.mark.often(9)
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "text"), list(cases()))
 def test_everything_runs(kind, text, tmp_path):
@@ -162,7 +162,7 @@ def test_everything_runs(kind, text, tmp_path):
     assert np.isfinite(outcome.final["objective"]).all()
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_every_choice_of_every_problem_in_one_sweep(name, tmp_path):

@@ -154,6 +154,7 @@ def one_point(key: str, values: dict) -> list:
 
 
 @pytest.mark.slow
+@pytest.mark.often(2)
 @pytest.mark.parametrize(
     ("problem", "solver", "adjoint", "optimizer"),
     [

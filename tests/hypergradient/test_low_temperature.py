@@ -85,7 +85,7 @@ def weighed(weights, x, solution):
     return jnp.sum(weights * solution.policy) + jnp.mean(solution.value)
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shannon", "kl"])
 @pytest.mark.parametrize("temperature", [1.0, 0.01, 0.001, 0.0001])

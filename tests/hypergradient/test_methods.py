@@ -41,7 +41,7 @@ def truth(kind, contexts=False):
     return bj.check(bj.hypergradient(upper_problem(kind, contexts), upper_start(), method=EXACT["direct"]))
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_all_roads_lead_to_the_same_gradient(name):

@@ -77,7 +77,7 @@ def problem_of(kernel, objective):
     )
 
 
-@pytest.mark.often(4)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "objective"), CASES)
 def test_each_parameter_against_differences(kernel, objective):

@@ -71,7 +71,7 @@ def in_reward(transition, reward, discount, regularizer, adjoint=None):
     return bj.solve(bj.MDP(transition, reward, discount), regularizer, adjoint=adjoint).value[0]
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("regularizer", [bj.Unregularized(), bj.ShannonEntropy(0.3)])

@@ -168,7 +168,7 @@ def test_truncated_solvers_can_be_held_to_a_tolerance():
         assert int(one_way(solver, policy_operator(), DISCOUNT, RHS)[1].result) == bj.Result.CONVERGED
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "guess"),

@@ -119,7 +119,7 @@ def test_every_choice_is_built_of_traced_numbers(name, chosen):
     assert all(leaf.shape[0] == 2 for leaf in jax.tree.leaves(made))
 
 
-@pytest.mark.often(6)
+@pytest.mark.often(4)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "chosen"), CASES)
 def test_every_choice_runs_with_traced_numbers(name, chosen):

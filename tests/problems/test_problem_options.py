@@ -115,7 +115,7 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "given"), CALLS)
 def test_other_numbers_compile_nothing(compiled, name, given):

@@ -71,7 +71,7 @@ def mean_loss(key, problem, x, policy, chunks, batch):
     return jnp.mean(paid), jnp.std(paid) / paid.size**0.5
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_mean_loss_is_the_objective(case):

@@ -36,7 +36,7 @@ def regularizer(kind, temperature=0.5):
     return make_regularizer(kind, temperature, PROCESS.reference)
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("solver", "kind", "layout"),

@@ -53,7 +53,7 @@ def test_every_solver_agrees_with_numpy(name):
         assert float(solution.stats.error_bound) < 1e-11
 
 
-@pytest.mark.often(12)
+@pytest.mark.often(8)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("kind", ["kl", "tsallis", "unregularized"])
@@ -72,7 +72,7 @@ def policy_value(dense, reward, discount, kind, policy):
     return np.linalg.solve(np.eye(len(dense)) - operator, (policy * reward).sum(1) - penalty)
 
 
-@pytest.mark.often(5)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["value", "plain value", "modified", "newton", "anderson", "adaptive"])
 @pytest.mark.parametrize("kind", ["shannon", "unregularized"])

@@ -162,7 +162,7 @@ def tsallis_conjugate(q, temperature):
 
 
 @pytest.mark.few(1)
-@pytest.mark.often(8)
+@pytest.mark.often(5)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("others", [1, 3, 50, 200])
 @pytest.mark.parametrize("margin", [1e-1, 1e-3, 1e-6])

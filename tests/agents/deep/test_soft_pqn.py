@@ -33,7 +33,7 @@ def improved(agent, problem, x, times, state=None, key=KEY):
     return state
 
 
-@pytest.mark.often(4)
+@pytest.mark.often(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("trace", [0.0, 0.9])
 @pytest.mark.parametrize(

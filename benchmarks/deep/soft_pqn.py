@@ -7,7 +7,8 @@ float32. After the training each seed's policy is judged over EPISODES whole epi
 own rewards. Reported: the interquartile mean over the seeds with its bootstrap interval of 95% (2,000 resamples of
 seeds), least and most, steps per second of all seeds together without compiling, and the wall time. Tasks of gymnax
 need `pip install 'bilevel_jax[gymnax]'`; they are skipped without it. The published returns are those of gymnax-blines
-(PPO).
+(PPO). `aggregate` is the interquartile mean over all seeds of all tasks of (return - least) / (published - least), with
+the interval of a stratified bootstrap, which draws seeds anew within each task (Agarwal et al. 2021).
 
 With --profile it prints, for 5 seeds, where the time of an update goes instead: to the environment (steps with actions
 drawn uniformly), to the network that acts (the same with the agent's policy), and to learning (the rest); and the
@@ -37,16 +38,21 @@ RESAMPLES = 2000
 SMALL = {"processes": 32, "steps": 32, "width": 64, "depth": 2, "trace": 0.9, "epochs": 2, "minibatches": 8}
 MINATAR = {"processes": 128, "steps": 32, "width": 128, "depth": 2, "trace": 0.65, "epochs": 2, "minibatches": 32}
 TASKS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": SMALL | {"temperature": 0.05, "scale": 0.1, "total": 3e5, "limit": 500, "published": 500.0},
-    "Acrobot-v1": SMALL | {"temperature": 0.02, "scale": 0.1, "total": 5e5, "limit": 500, "published": -78.9},
+    "CartPole-v1": SMALL
+    | {"temperature": 0.05, "scale": 0.1, "total": 3e5, "limit": 500, "published": 500.0, "least": 0.0},
+    "Acrobot-v1": SMALL
+    | {"temperature": 0.02, "scale": 0.1, "total": 5e5, "limit": 500, "published": -78.9, "least": -500.0},
     "MountainCar-v0": SMALL
     | {"observation_scale": (0.5, 0.03), "observation_offset": (-0.3, 0.0)}
-    | {"temperature": 0.02, "scale": 0.1, "total": 1e6, "limit": 200, "published": -118.0},
-    "Breakout-MinAtar": MINATAR | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 22.9},
-    "Asterix-MinAtar": MINATAR | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 15.0},
-    "Freeway-MinAtar": MINATAR | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 2500, "published": 58.8},
+    | {"temperature": 0.02, "scale": 0.1, "total": 1e6, "limit": 200, "published": -118.0, "least": -200.0},
+    "Breakout-MinAtar": MINATAR
+    | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 22.9, "least": 0.0},
+    "Asterix-MinAtar": MINATAR
+    | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 15.0, "least": 0.0},
+    "Freeway-MinAtar": MINATAR
+    | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 2500, "published": 58.8, "least": 0.0},
     "SpaceInvaders-MinAtar": MINATAR
-    | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 131.6},
+    | {"temperature": 0.05, "scale": 1.0, "total": 1e6, "limit": 1000, "published": 131.6, "least": 0.0},
 }
 OURS = {"CartPole-v1": bj.environments.classic.CartPole, "MountainCar-v0": bj.environments.classic.MountainCar}
 LEARNING_RATE = 5e-4
@@ -192,6 +198,25 @@ def middle(returns: np.ndarray) -> float:
     return float(ordered @ np.diff(edges) / 0.5)
 
 
+def aggregate(tasks: dict[str, Any]) -> dict[str, Any]:
+    """Over tasks: normalized returns, 0 for the least that a task can pay and 1 for the published one."""
+    shares = {}
+    for name, made in tasks.items():
+        least = TASKS[name]["least"]
+        shares[name] = (np.asarray(made["returns"]) - least) / (made["published"] - least)
+    rng = np.random.default_rng(0)
+
+    def resampled() -> float:
+        return middle(np.concatenate([rng.choice(share, len(share)) for share in shares.values()]))
+
+    drawn = [resampled() for _ in range(RESAMPLES)]
+    return {
+        "tasks": list(shares),
+        "interquartile_mean": round(middle(np.concatenate(list(shares.values()))), 3),
+        "interval": [round(float(np.quantile(drawn, q)), 3) for q in (0.025, 0.975)],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(TASKS), default=list(TASKS))
@@ -213,7 +238,8 @@ def main() -> None:
             print(f"{name}: needs gymnax", flush=True)
             continue
         print(name, made, flush=True)
-        done = {"machine": machine(), "tasks": done["tasks"] | {name: made}}
+        tasks = done["tasks"] | {name: made}
+        done = {"machine": machine(), "aggregate": aggregate(tasks), "tasks": tasks}
         options.out.write_text(json.dumps(done, indent=2) + "\n")
 
 

@@ -440,3 +440,22 @@ def test_what_cannot_run_in_jax_says_so():
     ):
         with pytest.raises(bj.InputError, match="problem: its environment has other spaces"):
             improve_on_host(KEY, agent, state, host, problem_of(spaces), X)
+
+
+@pytest.mark.slow
+def test_frames_of_atari():
+    """ale-py's own vectors: frames with the channels first, kept as uint8."""
+    vectors = pytest.importorskip("ale_py.vector_env")
+    with jax.enable_x64(False):
+        host = HostEnvironment(vectors.AtariVectorEnv("breakout", num_envs=2), seed=0)
+        problem = bj.problems.Task(host.spaces, horizon=100)
+        network = bj.networks.NatureCNN(width=8, channels="first")
+        agent = bj.agents.SoftActorCritic(
+            network, processes=2, steps=4, updates=2, gradient_steps=1, batch=4, capacity=32, learning_starts=8
+        )
+        state = agent.init(KEY, problem, problem.start(KEY))
+        state = improve_on_host(KEY, agent, state, host, problem, problem.start(KEY))
+    frames = [leaf for leaf in jax.tree.leaves(state.ring) if leaf.ndim > 3]
+    assert {leaf.dtype for leaf in frames} == {np.dtype(np.uint8)}
+    assert {leaf.shape[-3:] for leaf in frames} == {(4, 84, 84)}
+    assert np.isfinite(agent.report(state)["critic_loss"])

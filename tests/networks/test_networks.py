@@ -211,6 +211,16 @@ def test_frames_of_bytes_are_divided_once():
     )
 
 
+@pytest.mark.parametrize("kind", [bj.networks.NatureCNN, bj.networks.RewardCNN])
+def test_channels_may_come_first(kind):
+    last, first = kind(), kind(channels="first")
+    params = first.init(KEY, jnp.moveaxis(FRAMES, -1, 0), 2)
+    want = last.apply(last.init(KEY, FRAMES, 2), FRAMES)
+    np.testing.assert_array_equal(first.apply(params, jnp.moveaxis(FRAMES, -1, 0)), want)
+    with pytest.raises(bj.InputError, match="channels: expected last or first"):
+        kind(channels="middle")
+
+
 class TestRewards:
     space = bj.environments.Discrete(3)
     box = bj.environments.Box(-1.0, 1.0, (2,))

@@ -36,7 +36,7 @@ EPISODES = 32
 RESAMPLES = 2000
 
 SMALL = {"processes": 32, "steps": 32, "width": 64, "depth": 2, "trace": 0.9, "epochs": 2, "minibatches": 8}
-MINATAR = {"processes": 128, "steps": 32, "width": 128, "depth": 2, "trace": 0.65, "epochs": 2, "minibatches": 32}
+MINATAR = {"processes": 128, "steps": 32, "width": 128, "depth": 2, "trace": 0.65, "epochs": 1, "minibatches": 32}
 TASKS: dict[str, dict[str, Any]] = {
     "CartPole-v1": SMALL
     | {"temperature": 0.05, "scale": 0.1, "total": 3e5, "limit": 500, "published": 500.0, "least": 0.0},

@@ -16,8 +16,8 @@ class Penalized(WrappedSimulator):
     """A `SampledProblem` whose agent earns r_x - softness * c in each step, c the cost that the upper level pays there.
 
     Its optimal policy minimizes f(x, pi) + (J*(x) - J(x, pi)) / softness over pi, J the discounted, regularized reward,
-    if costs are discounted as the agent discounts. They are the entries of a loss [H] of which entry h depends on step
-    h alone. Agents with networks learn it; those with tables refuse it.
+    if costs are discounted as the agent discounts. The costs c are the entries of `loss`, [H]. Entry h must depend on
+    step h alone, and `loss_discount` must equal `discount`. Agents with networks learn it; those with tables refuse it.
 
     Example:
       >>> problem = bj.problems.make("garnet", horizon=20)

@@ -86,10 +86,12 @@ WORK = {
 
 
 class Incentives(SampledProblem):
-    """The problem. The upper variable is the parameters of a network.
+    """The problem. The upper variable x is the parameters of a network, whose output p is a payment: at s', at s, or at
+    (s, a), by `inputs`.
 
-    The agent earns x(s') - effort(a) and the entropy of its policy; x(s') is between -max_payment and max_payment.
-    The principal minimises the discounted sum of price |x(s')| - gain(s, a, s').
+    The agent earns p - effort(a) and the entropy of its policy; p is between -max_payment and max_payment. Without
+    payments it avoids effort, or where there is none it is indifferent. The principal minimises the discounted sum of
+    price |p| - gain(s, a, s'): a negative payment has its price, too.
 
     At a price of 0 the loss does not depend on x directly: its gradient is all in the agent's answer. Where the payment
     depends on the state alone, the one-step estimate of that answer is zero, too, as no single action changes the

@@ -49,9 +49,9 @@ class Task(SampledProblem):
       environment: the simulator.
       regularizer: of the agent; None is `ShannonEntropy(temperature)`.
       temperature: of the entropy, in units of the scaled reward.
-      scale: multiplies the rewards that the agent learns from.
+      scale: multiplies the rewards that the agent learns from; 0.1 by default where the problem is made by its name.
       discount: of the agent, in [0, 1).
-      horizon: the most steps of an episode (static).
+      horizon: the most steps of an episode (static); 500 by default where the problem is made by its name.
 
     Raises:
       InputError: a discount outside [0, 1), a temperature not above 0, a horizon below 1.

@@ -30,6 +30,7 @@ def test_an_agent_of_nan_is_not_finite(agent):
             assert np.isnan(made.mean)
 
 
+@pytest.mark.slow
 def test_networks_of_many_seeds_are_drawn_at_once():
     """Several independent QRs in one program, each of a batch: LAPACK's batched calls hang here."""
     network = bj.networks.MLP(width=128)

@@ -82,6 +82,7 @@ def test_gradient_has_the_mean_that_it_claims(kind):
     require_mean(drawn, claimed(problem, X, policies, softness), 0.02, kind.__name__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Garnet, Stepwise])
 def test_the_limit_is_the_hypergradient(kind):
     """The error of the exact penalty gradient halves with the softness."""

@@ -90,6 +90,7 @@ def test_cases_end_with_the_time_and_what_the_device_refuses_is_told(monkeypatch
     assert left_out == ["three"]
 
 
+@pytest.mark.slow
 def test_bandwidth_at_toy_size(tmp_path):
     accelerator.measure_part("bandwidth", True, 60.0, tmp_path, "0123abc")
     part = json.loads((tmp_path / "bandwidth.json").read_text())

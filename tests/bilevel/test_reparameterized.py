@@ -27,6 +27,7 @@ def flat(tree):
     return ravel_pytree(tree)[0]
 
 
+@pytest.mark.slow
 def test_hypergradients_are_the_chain_rules():
     problem = bj.problems.make("garnet")
     network = through(problem)
@@ -43,6 +44,7 @@ def test_against_differences():
     bj.check_gradient(network, network.start(KEY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("response", [bj.estimators.OneStep(), bj.estimators.NestedRollouts(4)])
 def test_estimates_are_the_chain_rules(response):
     """With the same keys, to rounding."""

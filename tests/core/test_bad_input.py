@@ -372,6 +372,7 @@ def test_nan_of_one_batch_element_stays_there():
         bj.check(solution)
 
 
+@pytest.mark.slow
 def test_nan_x_is_reported_by_the_hypergradient():
     with pytest.raises(bj.ConvergenceError, match="not finite"):
         bj.check(upper(jnp.asarray(np.nan)))

@@ -246,6 +246,7 @@ def test_bad_input_is_named():
         bj.RelativePolicyIteration(tolerance=-1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("solver", [bj.RelativePolicyIteration, bj.RelativeValueIteration])
 @pytest.mark.parametrize("gain", [1.0, 1e-2, 0.0])

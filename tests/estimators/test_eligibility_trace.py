@@ -126,6 +126,7 @@ def traced_gradient(at: Setting, decay: float) -> np.ndarray:
 # 1. Means.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Garnet, EndingGarnet])
 def test_the_derivation(kind):
     """With decay 1 the mean in the model is the exact hyper-gradient, and ExactAdvantage is the model's advantage."""
@@ -201,6 +202,7 @@ def test_a_monte_carlo_credit_is_wrong():
 # 2. Rewards of the next state.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [NextStateGarnet, pytest.param(EndingNextStateGarnet, marks=pytest.mark.slow)], ids=["goes on", "ends"]
 )
@@ -379,6 +381,7 @@ def temporary_bytes(response, width, batch, horizon):
     return compiled.memory_analysis().temp_size_in_bytes, ravel_pytree(x)[0].size
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_size_of_x_times_that_of_the_batch():
     """2560 steps; a gradient for each would be 1.4 GB at the width of 256. Activations are 16 width for each step."""
     small, large = (temporary_bytes(EligibilityTrace(0.9), width, 64, 40) for width in (32, 256))
@@ -506,6 +509,7 @@ def test_observations_that_are_no_states():
     assert state.shift.shape == (1,)
 
 
+@pytest.mark.slow
 def test_the_first_credit_is_zero_and_needs_no_costs():
     """Costs that are all zero set no units; later ones do."""
     at = setting()
@@ -545,6 +549,7 @@ def test_a_new_decay_does_not_recompile_and_vmap_is_single_calls():
     assert single._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_float32():
     at = setting()
     narrow = jax.tree.map(

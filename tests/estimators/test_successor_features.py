@@ -106,6 +106,7 @@ def test_linear_rewards(scale):
     assert np.all(np.asarray(made["other"]) == 0)
 
 
+@pytest.mark.slow
 def test_the_last_layer_of_a_network():
     """Only the last layer's numbers have an answer, and phi is the activation below it."""
     inner = garnet(horizon=6)

@@ -101,6 +101,7 @@ def test_runs_are_those_of_the_algorithm(tiny):
     np.testing.assert_allclose(made.x[0][run], state.x, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_table(tiny):
     directory, printed = tiny
     first, second = read_rows(directory / "table.csv")

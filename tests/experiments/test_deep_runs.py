@@ -68,6 +68,7 @@ def alone(tmp_path_factory):
     return directory / "out", called
 
 
+@pytest.mark.slow
 def test_what_a_run_ends_with(alone):
     out, called = alone
     rows = read_rows(out / "runs.csv")
@@ -194,6 +195,7 @@ bj.problems.register("line", Options, build)
 '''
 
 
+@pytest.mark.slow
 def test_an_agent_that_sees_images_has_a_clip(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, IMAGES, "line_problem.py")

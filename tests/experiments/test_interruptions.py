@@ -377,6 +377,7 @@ def test_a_signal_after_the_last_run_is_not_lost(tmp_path, monkeypatch):
     assert (out / "learning_curves.png").exists()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(tmp_path):
     """The lock is of the process; a process that was killed holds none."""
     out = tmp_path / "out"

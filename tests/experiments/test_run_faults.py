@@ -144,6 +144,7 @@ def test_plot_of_an_interrupted_run(interrupted):
         assert_picture(path)
 
 
+@pytest.mark.slow
 def test_interrupted_before_a_run_is_finished(tmp_path, monkeypatch):
     Interrupt(monkeypatch, 1)
     done = start(tmp_path, SYNTHETIC)

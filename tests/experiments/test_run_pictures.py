@@ -95,6 +95,7 @@ def test_incentive_has_a_panel_for_each_context(goals):
     assert any("a dot where it is even" in text.get_text() for text in figure.texts)
 
 
+@pytest.mark.slow
 def test_plot_of_no_run(tmp_path, synthetic):
     for directory in (tmp_path, tmp_path / "nowhere"):
         called = command("plot", directory)

@@ -282,6 +282,7 @@ def test_a_shared_dense_kernel_is_one_flat_matrix_product():
         assert not copies
 
 
+@pytest.mark.slow
 @pytest.mark.few(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_solutions_agree(form):

@@ -43,6 +43,7 @@ def design(**options):
     return bj.problems.make("environment_design", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dense", "successor", "stencil"])
 def test_doors(layout):
     options = {"rows": SMALL, "penalties": "doors", "closed": 0.3, "slip": 0.2, "temperature": 0.05}

@@ -55,6 +55,7 @@ def test_who_earns_and_pays_what(environment, inputs):
     assert np.std(paid_in_all) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_at_no_price_the_naive_gradient_is_zero(environment):
     problem = make(environment=environment, price=0.0)
@@ -77,6 +78,7 @@ def test_at_no_price_the_naive_gradient_is_zero(environment):
     assert norms["sobirl"] > 0
 
 
+@pytest.mark.slow
 def test_the_one_step_estimate_is_zero_where_states_are_paid():
     problem = make(inputs="state", price=0.0)
     x, batch = problem.start(KEY), 4
@@ -136,6 +138,7 @@ def test_bad_tasks(options, message):
 ROOMS = {"rows": ("s.x..", ".t.xg", "g...."), "temperature": 0.05, "discount": 0.9}
 
 
+@pytest.mark.slow
 def test_penalties_of_a_network():
     """The same as the general way to make x of a network, and its gradient that of differences."""
     problem, table = (bj.problems.make("four_rooms", **ROOMS, **more) for more in ({"variable": "network"}, {}))

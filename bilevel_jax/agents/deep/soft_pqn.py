@@ -52,8 +52,9 @@ class SoftPQN(Agent):
 
       G_t = r_t + discount (1 - terminated_t) (V(s_t+1) + trace (G_t+1 - Q(s_t+1, a_t+1))),   V = Omega*(Q).
 
-    There is no target network and no replay: layers that are normalized keep it stable. As the policy is the
-    regularized one of Q, d log pi = (dQ - dV) / temperature holds by construction. Any regularizer will do.
+    There is no target network and no replay: layers that are normalized keep it stable. Any regularizer will do. For
+    `ShannonEntropy` and `KLDivergence`, the only ones of sampled algorithms, d log pi = (dQ - dV) / temperature holds
+    by construction, as the policy is the regularized one of Q.
 
     Args:
       network: of Q, one output per action; None is `MLP()` with normalized layers.

@@ -122,7 +122,7 @@ class TwoPolicyPenalty(SampledAlgorithm):
             gradient=gradient,
             memory=None,
             effective_sample_size=jnp.asarray(float(self.batch)),
-            reports={"penalized_objective": of_penalized, "reward_gap": gap},
+            reports={"objective_of_penalized": of_penalized, "reward_gap": gap},
         )
 
     def _history(self, x: Any, groups: Trajectory, costs: Costs) -> Any:
@@ -147,9 +147,11 @@ def two_policy_penalty(
 ) -> TwoPolicyPenalty:
     """The value penalty of Shen, Yang and Chen (ICML 2024, arXiv 2402.06886) with networks, for any actions.
 
-    Two agents learn at the same time. One earns r_x, and learns pi*(x). The other one earns r_x - w c, c the cost that
-    the upper level pays in a step; its policy pi minimizes f(x, pi) + (J*(x) - J(x, pi)) / w, J the discounted,
-    regularized reward. x descends along the derivative of that minimum, in which both policies are constants:
+    The cost of step h is c_h, entry h of `problem.loss`; l = sum_h discount^h c_h, and f(x, pi) = E_pi[l]. J(x, pi) is
+    the discounted reward r_x less the regularizer. Two agents learn at the same time. The first one earns r_x, and
+    learns pi*(x). The second one earns r_x - w c; its policy pi minimizes f(x, pi) + (J(x, pi*(x)) - J(x, pi)) / w. x
+    descends along the derivative of that minimum, in which both policies are constants; E_own is the mean under the
+    first agent's policy, E_pi that under the second's:
 
       grad = E_pi[ dl/dx ] + (1 / w) (E_own - E_pi)[ sum_h discount^h dr_x(s_h, a_h) ].
 
@@ -157,6 +159,10 @@ def two_policy_penalty(
     actions as for numbered ones. It tends to the hyper-gradient as w tends to 0. Its bias is proportional to w, and its
     noise to 1 / w where the policies differ by chance. Both agents and both batches use the same random numbers, so
     that much of the noise cancels. J in the gradient is cut at the problem's horizon.
+
+    The info's `objective` is the mean loss under the first agent's policy. Its reports have `objective_of_penalized`,
+    the same under the second's, `reward_gap`, the discounted sum of r_x of the first less that of the second, without
+    the regularizer, and `agent`, the numbers of the first.
 
     Args:
       problem: a `SampledProblem` whose loss is [H] of one trajectory, with an entry h that depends on step h alone, and

@@ -222,6 +222,7 @@ def small(**options):
     return GaussianActorCritic(LINEAR, Quadratic(), **SMALL | {"learning_starts": 20} | options)
 
 
+@pytest.mark.slow
 def test_the_first_actions_are_uniform():
     problem, x = linear_quadratic(BOUND), jnp.asarray(0.5)
     agent = small(processes=64, steps=4, updates=2, capacity=1000, learning_starts=1000)
@@ -231,10 +232,12 @@ def test_the_first_actions_are_uniform():
     assert stats.kstest(actions, stats.uniform(-BOUND, 2 * BOUND).cdf).pvalue > 1e-6
 
 
+@pytest.mark.slow
 def test_seeds_run_together_as_alone():
     require_same_over_seeds(small(), linear_quadratic(BOUND), jnp.asarray(0.5))
 
 
+@pytest.mark.slow
 def test_it_compiles_once():
     problem, x = linear_quadratic(BOUND), jnp.asarray(0.5)
     agent = small(target_entropy=-1.0)
@@ -245,6 +248,7 @@ def test_it_compiles_once():
     assert agent.environment_steps(problem) == 4 * 4 * 3
 
 
+@pytest.mark.slow
 def test_a_box_of_float32_among_float64():
     problem, x = linear_quadratic(BOUND, "float32"), jnp.asarray(0.5)
     agent = small()
@@ -254,6 +258,7 @@ def test_a_box_of_float32_among_float64():
     assert all(np.isfinite(float(number)) for number in state.numbers.values())
 
 
+@pytest.mark.slow
 def test_float32():
     with jax.enable_x64(False):
         problem, x = linear_quadratic(BOUND), jnp.asarray(0.5)

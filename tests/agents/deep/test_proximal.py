@@ -103,6 +103,7 @@ def small(**options):
     return PPO(ONE_HOT, **SMALL | options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [None, 0.1])
 def test_steps_that_are_not_valid_have_no_weight(weight):
     table = Table()
@@ -123,11 +124,13 @@ def test_steps_that_are_not_valid_have_no_weight(weight):
     assert not eqx.tree_equal(one.params, different.params)
 
 
+@pytest.mark.slow
 def test_seeds_run_together_as_alone():
     table = Table()
     require_same_over_seeds(small(), table.problem, table.x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", [True, False])
 def test_it_compiles_once(box):
     table = Table()
@@ -141,6 +144,7 @@ def test_it_compiles_once(box):
     assert agent.environment_steps(problem) == 4 * 8 * 2
 
 
+@pytest.mark.slow
 def test_float32():
     with jax.enable_x64(False):
         table = Table()

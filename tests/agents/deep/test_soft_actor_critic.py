@@ -104,6 +104,7 @@ def small(problem, x, **options):
     return agent, agent.init(KEY, problem, x)
 
 
+@pytest.mark.slow
 def test_rewards_are_those_of_the_x_of_now():
     table = Table()
     agent, state = small(table.problem, table.x)
@@ -136,6 +137,7 @@ def test_the_environments_reward_has_its_weight():
     np.testing.assert_allclose(rewards_now(problem, table.x, steps), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_it_waits_for_learning_starts():
     table = Table()
     agent, state = small(table.problem, table.x, learning_starts=48)  # an update adds 16
@@ -156,6 +158,7 @@ def test_it_waits_for_learning_starts():
     assert (again.ring.items.action[48:] == 2).all()
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_valid_have_no_weight():
     table = Table()
     agent, state = small(table.problem, table.x, learning_starts=1)
@@ -214,6 +217,7 @@ def compiled(seeds=None):
     return state, jax.jit(improve, donate_argnums=1).lower(key, state).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [None, 3])
 def test_the_replay_keeps_bytes_and_is_written_in_place(seeds):
     state, program = compiled(seeds)
@@ -226,6 +230,7 @@ def test_the_replay_keeps_bytes_and_is_written_in_place(seeds):
     assert not [line for line in program.as_text().splitlines() if " copy(" in line and f"{CAPACITY},4,4" in line]
 
 
+@pytest.mark.slow
 def test_seeds_run_together_as_alone():
     table = Table()
     agent, _ = small(table.problem, table.x)
@@ -244,6 +249,7 @@ def test_it_compiles_once():
     assert agent.environment_steps(table.problem) == 4 * 4 * 3
 
 
+@pytest.mark.slow
 def test_float32():
     with jax.enable_x64(False):
         table = Table()
@@ -273,6 +279,7 @@ def test_arguments_are_checked(options, message):
         SoftActorCritic(ONE_HOT, **options)
 
 
+@pytest.mark.slow
 def test_problems_are_checked():
     table = Table()
     problem, x, _ = kept_close(jnp.full(3, 1 / 3))

@@ -143,6 +143,7 @@ def test_returns_of_episodes_against_a_loop():
         assert int(episodes.count) == count
 
 
+@pytest.mark.slow
 def test_seeds_under_vmap_are_single_runs(garnet):
     problem, x = garnet
     agent = small(updates=3)
@@ -160,6 +161,7 @@ def test_seeds_under_vmap_are_single_runs(garnet):
                 np.testing.assert_allclose(got[k], want, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_second_call_does_not_compile_again(garnet):
     problem, x = garnet
     traces = []
@@ -225,6 +227,7 @@ def test_minibatches_go_through_all_data_once_an_epoch():
     assert float(size) == 3
 
 
+@pytest.mark.slow
 def test_reports_numbers_of_the_last_update(garnet):
     problem, x = garnet
     agent = small(updates=4)
@@ -254,6 +257,7 @@ def test_wrong_options_are_refused(options, message):
         small(**options)
 
 
+@pytest.mark.slow
 def test_rewards_of_the_environment_count_by_their_weight(garnet):
     """Agents with tables refuse them: they would learn another problem."""
     problem, x = garnet

@@ -15,6 +15,7 @@ AGENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("agent", AGENTS)
 def test_an_agent_of_nan_is_not_finite(agent):
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):

@@ -518,6 +518,7 @@ def test_input_errors(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_a_loss_paid_as_a_whole():
     """Every algorithm takes it."""
     problem = garnet(WholeGarnet)

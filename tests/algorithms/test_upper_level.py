@@ -277,6 +277,7 @@ def test_no_temperature_to_anneal():
         algorithm.init(KEY, jnp.zeros((STATES, ACTIONS)))
 
 
+@pytest.mark.slow
 def test_a_problem_at_another_temperature_is_of_the_kinds_that_it_was():
     both = bj.problems.make("garnet", states=4, actions=2, branching=2)
     model = bj.problems.make("synthetic", states=4, actions=2)

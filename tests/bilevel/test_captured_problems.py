@@ -200,6 +200,7 @@ def test_features_that_are_a_function():
     assert run._cache_size() == 2
 
 
+@pytest.mark.slow
 def test_numbers_of_a_problem_stay_leaves():
     values = [bj.hypergradient(Scaled(jnp.asarray(s)), X, with_error=False).value for s in (1.0, 2.0)]
     size = compute._hypergradient._cache_size()
@@ -208,6 +209,7 @@ def test_numbers_of_a_problem_stay_leaves():
     assert compute._hypergradient._cache_size() == size
 
 
+@pytest.mark.slow
 def test_what_a_function_counts_is_no_edit():
     count, calls, each = 0, [], {"made": 0}
 

@@ -72,7 +72,6 @@ def test_equal_successors(kind, count, reward):
     check(horizon.value, np.array(right[::-1])[:, None], horizon.error_bound)
 
 
-@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("first", [None, 0.5])
 @pytest.mark.parametrize("solver", [bj.Auto(), bj.ValueIteration()], ids=["auto", "value iteration"])
@@ -92,7 +91,6 @@ def test_rows_that_the_compiler_sums(solver, first):
     check(made.value, right, made.stats.error_bound)
 
 
-@pytest.mark.slow
 @pytest.mark.often(4)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -156,7 +154,6 @@ def conjugate(kind, rewards):
     return policy @ rewards + (1 - policy @ policy) / 2
 
 
-@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("actions", "below"), [(16, 0.4472), (17, 0.4743), (256, 0.44), (1000, 0.44)])

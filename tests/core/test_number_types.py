@@ -431,6 +431,7 @@ def test_numbers_beyond_the_type_are_named():
     assert mdp(reward=[[0, 1e39], [0, 0]]).reward[0, 1] == 1e39
 
 
+@pytest.mark.slow
 def test_byte_orders_and_long_doubles():
     swapped = bj.MDP(
         P.astype(">f8"), R.astype(">i4"), np.array(0.5, ">f4"), np.array([1, 0], ">u2"), R.astype(">i2") < 9

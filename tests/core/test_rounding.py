@@ -168,7 +168,6 @@ def test_hypergradient_of_a_corridor_that_ends():
 # Numbers that the answer is not made of.
 
 
-@pytest.mark.slow
 @pytest.mark.often(5)
 @pytest.mark.few(1)
 @pytest.mark.parametrize("solver", sorted(SOLVERS))

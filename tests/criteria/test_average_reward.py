@@ -65,6 +65,7 @@ def test_limits_of_the_discounted_problem(kind):
         np.testing.assert_allclose(value - PROCESS.initial @ value, solution.bias, atol=10 * short)
 
 
+@pytest.mark.slow
 def test_closed_form_of_independent_transitions():
     """Transitions that forget the state: h[s] = Omega*(r[s]) up to a constant, g its mean."""
     rng = np.random.default_rng(1)
@@ -89,6 +90,7 @@ def test_unregularized_is_the_best_of_all_policies(name):
     np.testing.assert_allclose(solution.gain, max(gains), atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOLVERS)
 def test_periodic_chains(name):
     """A cycle through which one hurries or not at a cost: period 5 under the best policy, which always hurries."""

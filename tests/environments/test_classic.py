@@ -98,6 +98,7 @@ class _Flat(bj.environments.Distribution):
         return jnp.sum(jnp.log(self.space.high - self.space.low))
 
 
+@pytest.mark.slow
 def test_physics_can_be_swept():
     """Heavier gravity makes an idle pole fall sooner."""
 

@@ -52,6 +52,7 @@ def collected(key, processes, policy, steps, with_states=False):
     return collect(key, processes, policy, steps, with_states=with_states)
 
 
+@pytest.mark.slow
 def test_against_steps_by_hand():
     """The states, actions and ends of a loop over `environment.step`, with the keys that the docstring names."""
     environment = simulator()
@@ -77,6 +78,7 @@ def test_against_steps_by_hand():
     assert np.all(made.valid)
 
 
+@pytest.mark.slow
 def test_ends_start_anew():
     """The step after an end is of a new process; before it, that which followed."""
     _, made = collected(KEY, start_processes(KEY, simulator(5), 50), TabularPolicy(POLICY), 40)
@@ -89,6 +91,7 @@ def test_ends_start_anew():
     assert max(np.diff(row).max() for row in ends) == 5
 
 
+@pytest.mark.slow
 def test_calls_go_on_from_each_other():
     """Two calls are the processes' own continuation; a process does not see how many others there are."""
     processes = start_processes(KEY, simulator(), 6)
@@ -112,6 +115,7 @@ def test_under_vmap():
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a, b[i]), alone, together)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_types(dtype):
     mdp = helpers.make_mdp(helpers.random_process(0), 0.9)
@@ -184,6 +188,7 @@ def improved(kind):
     return agent, problem, x, state, jax.jit(lambda *arguments: agent.improve(*arguments))(KEY, state, problem, x)
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", [SoftQLearning, ActorCritic, SampledPolicyIteration])
 def test_reports(kind):
@@ -200,6 +205,7 @@ def test_reports(kind):
     assert 0 < report["coverage"] <= 1
 
 
+@pytest.mark.slow
 def test_temporal_difference_errors_by_hand():
     """One step of one process: the error is that of its one correction."""
     problem = bj.problems.make("garnet", states=4, actions=2, branching=2, discount=0.8, horizon=9)
@@ -219,6 +225,7 @@ def test_temporal_difference_errors_by_hand():
     np.testing.assert_allclose(report["actor_step_size"], 0.25)
 
 
+@pytest.mark.slow
 def test_the_change_of_a_sweep():
     """That of the last of three sweeps, against evaluations of two and of three from the same counts."""
     problem = bj.problems.make("garnet", states=4, actions=2, branching=2, discount=0.8, horizon=9)
@@ -242,6 +249,7 @@ def test_the_exact_agent_reports_its_bound():
     assert coarse[0].report(coarse[4])["value_error_bound"] > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["sobirl", "zero_order", "attenuating_actor_critic"])
 def test_algorithms_pass_on_what_agents_report(name):
@@ -285,6 +293,7 @@ def test_the_agent_of_the_page_on_sampling():
     assert 0 < info.reports["agent"]["temporal_difference_error"] < 100
 
 
+@pytest.mark.slow
 def test_choosing_by_numbers():
     """What `Processes.act` does with a `Categorical`, which agents' golden numbers rest on."""
     processes = start_processes(KEY, simulator(), 5)

@@ -48,6 +48,7 @@ def test_the_mean_is_the_expected_return_within_its_interval():
     assert holds >= 33
 
 
+@pytest.mark.slow
 def test_against_a_loop_in_python():
     made = evaluate(KEY, Walk(), act(0.7), episodes=5, steps=6)
     for b, key in enumerate(bj.environments.trajectory_keys(KEY, 5)):
@@ -82,6 +83,7 @@ def test_episodes_that_are_cut_say_so():
     assert (limited.lengths.tolist(), bool(limited.finished.all())) == ([2] * 4, True)
 
 
+@pytest.mark.slow
 def test_under_jit_vmap_and_scan():
     keys = jax.random.split(KEY, 3)
     many = jax.jit(jax.vmap(lambda key: evaluate(key, Walk(), act(0.5), episodes=4, steps=50).returns))(keys)

@@ -117,6 +117,7 @@ def test_what_is_wrong_is_found():
     assert not agree(ours(TabularEnvironment(mdp, ends=shallow), policy), wanted)
 
 
+@pytest.mark.slow
 def test_a_table_ends_where_it_says_and_pays_what_it_says():
     t = rollout(KEY, WAYS["table"]("lake"), bj.Table(policy_of("lake")), batch=500, horizon=100)
     ended = np.asarray(t.terminated & t.valid)
@@ -138,6 +139,7 @@ def test_steps_and_runs_draw_alike(way):
         assert abs(z(mine, other)) < LIMIT
 
 
+@pytest.mark.slow
 def test_an_end_state_is_the_same_process():
     mdp = process("lake")
     ended = bj.interchange.with_end_state(mdp)

@@ -315,6 +315,7 @@ def problem_of(environment, weight=None, temperature=0.5):
 X = jnp.asarray(np.random.default_rng(0).normal(size=(5, 2)))
 
 
+@pytest.mark.slow
 def test_it_learns_what_improve_learns():
     """The same steps, the same random numbers, and so the same parameters, up to rounding of other programs."""
     simulator = AutoReset(Ring())
@@ -393,6 +394,7 @@ def test_it_learns_the_exact_policy(mode):
     assert gap < 0.01 * even, (gap, even)
 
 
+@pytest.mark.slow
 def test_steps_that_only_reset_have_no_weight():
     host = HostEnvironment(Replayed(AutoReset(Ring()), 3), seed=0)
     problem = problem_of(host.spaces)

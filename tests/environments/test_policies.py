@@ -222,6 +222,7 @@ def test_observations_are_trees():
 # Rewards
 
 
+@pytest.mark.slow
 def test_rewards_of_pairs():
     values = np.random.default_rng(1).normal(size=(STATES, ACTIONS))
     table = bj.Table(values)
@@ -275,6 +276,7 @@ def cart_problem():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_continuous_actions_in_rollouts(dtype):

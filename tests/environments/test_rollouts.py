@@ -89,6 +89,7 @@ def test_final_states_are_where_each_process_ended_or_is(make):
     assert (last < 8).any()
 
 
+@pytest.mark.slow
 def test_consecutive_draws_are_independent():
     """In a process whose states are drawn anew each step, pairs of consecutive and of simultaneous draws."""
     states, actions = 4, 3

@@ -20,6 +20,7 @@ from bilevel_jax.environments import (
 )
 
 
+@pytest.mark.slow
 def test_segments_are_slices():
     t = rollout(KEY, TimeLimit(Walk(), 6), walk_policy, batch=4, horizon=9)
     cut = segments(t, jnp.asarray([0, 3, 5, 2]), 4)

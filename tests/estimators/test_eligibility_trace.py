@@ -140,6 +140,7 @@ def test_the_derivation(kind):
     np.testing.assert_allclose(np.asarray(credit)[valid], expected[valid], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Garnet, EndingGarnet])
 def test_unbiased_with_decay_one(kind):
     at = setting(kind)
@@ -222,6 +223,7 @@ def test_rewards_of_the_next_state_by_rollouts(kind):
     require_mean(seen.gradient, at.gradient, 0.05, "rollouts")
 
 
+@pytest.mark.slow
 def test_one_step_refuses_rewards_of_the_next_state():
     at = next_state_setting()
     with pytest.raises(bj.InputError, match=r"function of the next state.*use NestedRollouts or EligibilityTrace"):
@@ -231,6 +233,7 @@ def test_one_step_refuses_rewards_of_the_next_state():
 # 3. The form.
 
 
+@pytest.mark.slow
 def test_decay_zero_is_one_step():
     at = setting()
     credit = exact_credit(at)
@@ -341,6 +344,7 @@ def network_setting():
     return network, table, x, tabulated, policy, ExactAdvantage(cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "response", [OneStep(), NestedRollouts(4), EligibilityTrace(0.9)], ids=lambda r: type(r).__name__
 )
@@ -478,6 +482,7 @@ def test_a_learned_credit_gives_nearly_the_exact_gradient():
     assert off < 0.2
 
 
+@pytest.mark.slow
 def test_observations_that_are_no_states():
     """A network on vectors, and a policy that is a function."""
     features = jnp.asarray(np.random.default_rng(2).normal(size=(5, 3)))
@@ -533,6 +538,7 @@ def test_the_first_credit_is_zero_and_needs_no_costs():
 # 6. What jit must allow, and errors.
 
 
+@pytest.mark.slow
 def test_a_new_decay_does_not_recompile_and_vmap_is_single_calls():
     at = setting()
     credit = exact_credit(at)

@@ -389,6 +389,7 @@ def test_importance_weights():
     assert cut.clipped_fraction.mean() > 0.2
 
 
+@pytest.mark.slow
 def test_weights_by_hand_and_of_equal_policies():
     problem = garnet(PairGarnet, horizon=3)
     groups = quick_sample(KEY, problem, UNIFORM, 6)

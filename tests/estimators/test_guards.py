@@ -65,6 +65,7 @@ def test_edges():
     assert np.isnan(compare({"a": jnp.array([jnp.nan])}, many).direct_norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("response", [OneStep(), NestedRollouts(3)], ids=["one step", "rollouts"])
 def test_an_estimate_that_is_split(response):
     """The parts add up; the direct one is that of a gradient whose answer is off; the bound holds."""

@@ -14,12 +14,14 @@ from bilevel_jax.experiments import cli
 COMMAND = [sys.executable, "-m", "bilevel_jax.experiments.cli"]
 
 
+@pytest.mark.slow
 def test_version():
     done = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, check=False)
     assert done.stdout == f"bilevel-jax {bj.__version__}\n", done.stderr
     assert version("bilevel_jax") == bj.__version__
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_quietly():
     reading, writing = os.pipe()
     os.close(reading)

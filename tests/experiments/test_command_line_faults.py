@@ -52,6 +52,7 @@ def test_a_sweep_is_counted_before_it_is_made(tmp_path):
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.slow
 def test_seeds_do_not_build_the_problem_again(tmp_path, monkeypatch):
     from bilevel_jax.problems import registry
 

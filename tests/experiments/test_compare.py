@@ -124,6 +124,7 @@ def test_table(tiny):
     assert "- hpgd on synthetic: has no simulator" in printed
 
 
+@pytest.mark.slow
 def test_curves_file(tiny):
     directory, _ = tiny
     rows = read_rows(directory / "curves.csv")

@@ -197,6 +197,7 @@ def combinations() -> list[tuple[str, ...]]:
 REQUIRED = {"neumann": {"terms": 5}}
 
 
+@pytest.mark.slow
 @pytest.mark.few(5)
 @pytest.mark.parametrize(("problem", "solver", "adjoint", "optimizer"), combinations(), ids=lambda name: name)
 def test_every_sweepable_key_is_accepted(problem, solver, adjoint, optimizer, tmp_path):

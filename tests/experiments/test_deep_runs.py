@@ -87,6 +87,7 @@ def test_what_a_run_ends_with(alone):
     assert not (out / "clip.gif").exists()
 
 
+@pytest.mark.slow
 def test_the_trained_policy_is_read_with_one_call(alone):
     """It is that of a loop by hand with the same keys."""
     out, _ = alone

@@ -351,6 +351,7 @@ def test_a_signal_before_anything_is_run(name, text, seconds, tmp_path):
     assert "Exception ignored" not in error
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_the_process():
     code = (
         "import signal\nfrom bilevel_jax.experiments.interruption import noticed\n"

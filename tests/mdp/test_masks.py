@@ -110,6 +110,7 @@ def outputs(kind, absent, p):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_without_the_absent(kind):
@@ -283,6 +284,7 @@ def test_float32_with_a_mask():
         assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_policy_value_with_a_mask():
     policy = np.where(MASK, PROCESS.reference, 0)
     policy /= policy.sum(-1, keepdims=True)
@@ -327,6 +329,7 @@ def test_unregularized_against_every_policy():
     np.testing.assert_allclose(bj.solve(make(), UNREGULARIZED).value, best, rtol=1e-13)
 
 
+@pytest.mark.slow
 def test_unregularized_is_the_limit_of_small_temperatures():
     small = bj.solve(make(), bj.ShannonEntropy(1e-6)).value
     np.testing.assert_allclose(bj.solve(make(), UNREGULARIZED).value, small, atol=1e-6 * np.log(3) / (1 - DISCOUNT))

@@ -185,6 +185,7 @@ class _Counter(eqx.Module):
         return observation
 
 
+@pytest.mark.slow
 def test_a_state_that_there_is_not_has_no_number():
     network = bj.networks.OneHot(8, bj.networks.MLP(width=4))
     params = network.init(KEY, jnp.asarray(0), 3)
@@ -203,6 +204,7 @@ def test_dropouts_are_off():
     np.testing.assert_allclose(network.apply(params, VECTOR), want, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_frames_of_bytes_are_divided_once():
     network = bj.networks.NatureCNN(width=8)
     params = network.init(KEY, FRAMES, 2)
@@ -211,6 +213,7 @@ def test_frames_of_bytes_are_divided_once():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [bj.networks.NatureCNN, bj.networks.RewardCNN])
 def test_channels_may_come_first(kind):
     last, first = kind(), kind(channels="first")
@@ -259,6 +262,7 @@ class TestRewards:
             with pytest.raises(bj.InputError, match="function of the next state"):
                 ask()
 
+    @pytest.mark.slow
     def test_ensembles(self):
         one = bj.networks.RewardNetwork(bj.networks.MLP(width=8), "state_action", self.space)
         model = bj.networks.Ensemble(one, 4)

@@ -25,6 +25,7 @@ def seen(problem):
     return rollout(jax.random.key(1), problem.environment, policy, batch=1, horizon=problem.horizon)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", ["state", "next_state", "state_action"])
 @pytest.mark.parametrize("environment", ENVIRONMENTS)
 def test_who_earns_and_pays_what(environment, inputs):

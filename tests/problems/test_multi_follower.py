@@ -93,6 +93,7 @@ def test_one_follower_is_a_plain_problem():
     np.testing.assert_allclose(one.gradient, np.einsum("sa,saf->f", gradient, problem.features), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_followers_meet_in_the_objective_alone():
     """Three alike are one; different ones cost less than the mean of what each would cost alone (Jensen)."""
     bonus = np.asarray(5 * make().start(KEY))

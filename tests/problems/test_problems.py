@@ -76,6 +76,7 @@ class TestEveryProblem:
         figure.draw_without_rendering()
         assert len([axes for axes in figure.axes if axes.has_data()]) >= len(problem.panels(x, solution))
 
+    @pytest.mark.slow
     @pytest.mark.few(4)
     def test_is_a_pytree(self, name):
         problem = make(name)

@@ -16,6 +16,7 @@ KEY = jax.random.key(2)
 add, sample = jax.jit(replay.add), jax.jit(replay.sample, static_argnums=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [1, 3, 7])
 def test_against_a_list_that_forgets(capacity):
     """Adds of changing sizes, to several times round: the items, their order, and what is there."""

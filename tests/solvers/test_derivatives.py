@@ -112,7 +112,6 @@ def dot(a, b):
     return np.vdot(flat(a), flat(b))
 
 
-@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.often(2)
 @pytest.mark.parametrize(("kind", "layout"), but([("kl", "dense"), ("tsallis", "successor")], CASES))

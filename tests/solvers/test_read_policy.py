@@ -57,6 +57,7 @@ def test_a_policy_that_is_held_fixed_passes():
     np.testing.assert_array_equal(jax.grad(objective)(Q), NONE.policy(Q))
 
 
+@pytest.mark.slow
 def test_smooth_policies_are_read_as_they_are():
     entropy = bj.ShannonEntropy(0.5)
     np.testing.assert_array_equal(read_policy(entropy, Q), entropy.policy(Q))

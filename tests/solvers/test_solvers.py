@@ -137,7 +137,6 @@ def random_mdp(states, discount, seed=0):
     return bj.MDP(bj.SuccessorTransition(successor, probability), process_rng.uniform(size=(states, 4)), discount)
 
 
-@pytest.mark.slow
 def test_span_bounds_do_not_see_the_discount_on_fast_chains():
     steps = [
         int(

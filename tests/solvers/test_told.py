@@ -161,7 +161,6 @@ def tsallis_conjugate(q, temperature):
     return earned + temperature / 2 * (1 - sum(weight**2 for weight in p))
 
 
-@pytest.mark.slow
 @pytest.mark.few(1)
 @pytest.mark.often(5)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -120,6 +120,7 @@ class Weighted(bj.SampledBilevelProblem):
         return jnp.asarray(3.0)
 
 
+@pytest.mark.slow
 def test_the_environments_reward_has_its_weight():
     table = Table()
     problem = Weighted(
@@ -237,6 +238,7 @@ def test_seeds_run_together_as_alone():
     require_same_over_seeds(agent, table.problem, table.x)
 
 
+@pytest.mark.slow
 def test_it_compiles_once():
     table = Table()
     agent, state = small(table.problem, table.x, target_entropy_fraction=0.9)

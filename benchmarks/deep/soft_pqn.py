@@ -111,13 +111,9 @@ def measure(name: str, task: dict[str, Any], seeds: int, total: int) -> dict[str
     taken = time.perf_counter() - start
     returns = np.asarray(jax.jit(jax.vmap(judge))(jax.random.split(jax.random.key(1), seeds), state), float)
     steps = updates * task["processes"] * task["steps"]
-    rng = np.random.default_rng(0)
-    means = [middle(rng.choice(returns, seeds)) for _ in range(RESAMPLES)]
     return {
         "published": task["published"],
-        "interquartile_mean": round(middle(returns), 2),
-        "interval": [round(float(np.quantile(means, q)), 2) for q in (0.025, 0.975)],
-        "returns": [round(float(r), 2) for r in returns],
+        **over_seeds(returns),
         "while_training": [round(float(r), 2) for r in np.nanmean(np.asarray(curve)[:, -10:], 1)],
         "steps_per_seed": steps,
         "seeds": seeds,
@@ -189,6 +185,17 @@ class _Uniform(bj.environments.Policy):
     def distribution(self, observation: Any) -> Any:
         del observation
         return bj.environments.Categorical(jnp.full(self.actions, 1 / self.actions))
+
+
+def over_seeds(returns: np.ndarray) -> dict[str, Any]:
+    """The interquartile mean over seeds, its bootstrap interval, and the returns themselves."""
+    rng = np.random.default_rng(0)
+    means = [middle(rng.choice(returns, len(returns))) for _ in range(RESAMPLES)]
+    return {
+        "interquartile_mean": round(middle(returns), 2),
+        "interval": [round(float(np.quantile(means, q)), 2) for q in (0.025, 0.975)],
+        "returns": [round(float(r), 2) for r in returns],
+    }
 
 
 def middle(returns: np.ndarray) -> float:

@@ -301,7 +301,7 @@ def survives(name: str, text: str, directory: Path, kills: int, seed: int = 0) -
     ("name", "text", "kills"),
     [
         ("run", RUN, 2),
-        ("compare", COMPARISON, 2),
+        pytest.param("compare", COMPARISON, 2, marks=pytest.mark.nightly),
         pytest.param("run", RUN, 25, marks=pytest.mark.nightly),
         pytest.param("compare", COMPARISON, 25, marks=pytest.mark.nightly),
     ],

@@ -114,7 +114,9 @@ def measure(name: str, task: dict[str, Any], seeds: int, total: int) -> dict[str
     return {
         "published": task["published"],
         **over_seeds(returns),
-        "while_training": [round(float(r), 2) for r in np.nanmean(np.asarray(curve)[:, -10:], 1)],
+        "while_training": [
+            None if np.isnan(own).all() else round(float(np.nanmean(own)), 2) for own in np.asarray(curve)[:, -10:]
+        ],
         "steps_per_seed": steps,
         "seeds": seeds,
         "steps_per_second": round(steps * seeds / taken),

@@ -384,6 +384,7 @@ def test_it_learns_the_exact_policy(mode):
         steps=32,
         updates=200,
         epochs=1,
+        minibatches=4,
         trace=0,
         epsilon=0.5,
         learning_rate=bj.agents.LinearDecay(0.05, 0.0005, 200),

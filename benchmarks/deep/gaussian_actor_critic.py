@@ -21,7 +21,8 @@ from benchmarks.common.timing import RESULTS, machine
 from benchmarks.deep.soft_pqn import EPISODES, over_seeds
 
 LIMIT, GOAL = 200, -200.0
-SIZES: dict[str, Any] = {"processes": 16, "steps": 4, "updates": 1, "gradient_steps": 16, "batch": 128, "capacity": 50_000}
+SIZES: dict[str, Any] = {"processes": 16, "steps": 4, "updates": 1}
+SIZES |= {"gradient_steps": 16, "batch": 128, "capacity": 50_000}
 LEARNING_RATE = 1e-3
 
 

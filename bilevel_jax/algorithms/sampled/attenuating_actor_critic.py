@@ -8,13 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from bilevel_jax.agents import ActorCritic
 from bilevel_jax.algorithms.registry import register_algorithm
-from bilevel_jax.algorithms.sampled.base import SampledAlgorithm, SampledEstimate, batch_steps
-from bilevel_jax.algorithms.sampled.returns import reward_returns
+from bilevel_jax.algorithms.sampled.base import SampledEstimate
+from bilevel_jax.algorithms.sampled.two_policies import TwoPolicies
 from bilevel_jax.algorithms.upper import UpperLevel, as_upper_level
 from bilevel_jax.bilevel import SampledProblem
 from bilevel_jax.bilevel.sampled_problem import discounts, require_tabular
@@ -22,11 +21,11 @@ from bilevel_jax.core.batching import merge_axes
 from bilevel_jax.core.schedules import Attenuation, Polynomial, as_schedule
 from bilevel_jax.core.validation import as_float, as_size, require_instance, require_positive
 from bilevel_jax.environments import Trajectory, Visits
-from bilevel_jax.estimators import LeaveOneOut, group_costs, sample_groups
+from bilevel_jax.estimators import LeaveOneOut
 from bilevel_jax.estimators.costs import Costs
 
 
-class AttenuatingActorCritic(SampledAlgorithm):
+class AttenuatingActorCritic(TwoPolicies):
     """See `attenuating_actor_critic`.
 
     The agent's state holds the states of two agents, stacked: first that of the lower level, then that of the penalized
@@ -41,9 +40,8 @@ class AttenuatingActorCritic(SampledAlgorithm):
     cost_step_size: Float[Array, ""]
     batch: int = eqx.field(static=True)
 
-    def init_agent(self, key, x):
-        alone = self.agent.init(key, self.problem, x)
-        return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), alone)
+    def agent_problem(self):
+        return self.problem
 
     def init_estimator(self, x):
         del x
@@ -56,38 +54,13 @@ class AttenuatingActorCritic(SampledAlgorithm):
         improve = jax.vmap(self.agent.improve_against, (None, 0, None, None, 0))
         return improve(key, state.memory.agent, self.problem, state.x, costs)
 
-    def softness_at(self, state: Any) -> Float[Array, ""]:
-        """Return w at an iteration."""
-        return jnp.asarray(self.softness(state.iteration), state.memory.estimator.dtype)
-
-    def report_agent(self, agent):
-        return self.agent.report(_of(agent, 0))
-
-    def policy(self, state):
-        return self._policy(state, 0)
-
-    def _policy(self, state: Any, which: int) -> Any:
-        return self.agent.policy(_of(state.memory.agent, which), self.problem, state.x)
-
     def estimate_from_samples(self, key, state):
-        problem = self.problem
-        for_groups, for_loss = jax.random.split(key)
-        own, groups = (sample_groups(for_groups, problem, self._policy(state, i), self.batch) for i in (0, 1))
-        softness = self.softness_at(state)
-
-        def earned(x, groups):
-            return jnp.mean(reward_returns(problem, x, merge_axes(groups))[:, 0])
-
-        def surrogate(x):
-            costs = group_costs(for_loss, problem, x, groups)
-            value = jnp.sum(costs.factors[None] * costs.each) / self.batch
-            gap = earned(x, own) - earned(x, groups)
-            return value + gap / softness.astype(gap.dtype), (value, stop_gradient(costs))
-
-        gradient, (value, costs) = jax.grad(surrogate, has_aux=True)(state.x)
-        critic = self._criticize(state, groups, costs)
+        made = self.penalty_gradient(key, state)
         return SampledEstimate(
-            value=value, gradient=gradient, memory=critic, effective_sample_size=jnp.asarray(float(self.batch))
+            value=made.value,
+            gradient=made.gradient,
+            memory=self._criticize(state, made.groups, made.costs),
+            effective_sample_size=jnp.asarray(float(self.batch)),
         )
 
     def _criticize(self, state: Any, groups: Trajectory, costs: Costs) -> Float[Array, "S A"]:
@@ -107,10 +80,6 @@ class AttenuatingActorCritic(SampledAlgorithm):
         mean = total(credit) / jnp.where(weight > 0, weight, 1)
         rate = 1 - (1 - jnp.minimum(self.cost_step_size.astype(critic.dtype), 1)) ** weight
         return critic + (rate * (mean - critic.reshape(-1))).reshape(critic.shape)
-
-    @property
-    def environment_steps(self):
-        return 2 * (self.agent.environment_steps(self.problem) + batch_steps(self.problem, self.batch))
 
 
 def attenuating_actor_critic(
@@ -176,12 +145,9 @@ def attenuating_actor_critic(
         upper = dataclasses.replace(upper, temperature=Attenuation())
     softness = Polynomial(0.5, 10.0, 0.5) if softness is None else as_schedule("softness", softness)
     agent = ActorCritic() if agent is None else agent
-    return AttenuatingActorCritic(problem, upper, agent, softness, cost_step_size, as_size("batch", batch))
-
-
-def _of(agents: Any, which: int) -> Any:
-    """The state of one of the two agents."""
-    return jax.tree.map(lambda leaf: leaf[which], agents)
+    return AttenuatingActorCritic(
+        problem, upper, agent=agent, softness=softness, batch=as_size("batch", batch), cost_step_size=cost_step_size
+    )
 
 
 register_algorithm("attenuating_actor_critic", attenuating_actor_critic)

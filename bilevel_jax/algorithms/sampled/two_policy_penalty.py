@@ -7,15 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from bilevel_jax.agents import Agent, GaussianActorCritic, SoftPQN
 from bilevel_jax.agents.deep.gaussian import Uniform
 from bilevel_jax.agents.processes import number_of_states
 from bilevel_jax.algorithms.registry import register_algorithm
-from bilevel_jax.algorithms.sampled.base import SampledAlgorithm, SampledEstimate, batch_steps, has_nan
-from bilevel_jax.algorithms.sampled.returns import reward_returns
+from bilevel_jax.algorithms.sampled.base import SampledEstimate, has_nan
+from bilevel_jax.algorithms.sampled.two_policies import TwoPolicies, mean_loss
 from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.bilevel import Penalized, SampledProblem
 from bilevel_jax.bilevel.penalized import costs_alone
@@ -30,13 +29,14 @@ from bilevel_jax.estimators.costs import Costs
 from bilevel_jax.networks import OneHot
 
 
-class TwoPolicyPenalty(SampledAlgorithm):
+class TwoPolicyPenalty(TwoPolicies):
     """See `two_policy_penalty`.
 
     The agent's state holds the states of two agents, stacked: first that of the lower level, then that of the penalized
     policy. `objective` is the loss under the first.
     """
 
+    agent: Agent
     softness: Callable
     batch: int = eqx.field(static=True)
 
@@ -67,9 +67,8 @@ class TwoPolicyPenalty(SampledAlgorithm):
                 )
         return x
 
-    def init_agent(self, key, x):
-        alone = self.agent.init(key, self._penalized(jnp.zeros(())), x)
-        return jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), alone)
+    def agent_problem(self):
+        return self._penalized(jnp.zeros(()))
 
     def improve_agent(self, key, state):
         def improve(agent: Any, softness: Float[Array, ""]) -> Any:
@@ -79,50 +78,19 @@ class TwoPolicyPenalty(SampledAlgorithm):
         softness = self.softness_at(state)
         return jax.vmap(improve)(state.memory.agent, jnp.stack([jnp.zeros_like(softness), softness]))
 
-    def softness_at(self, state: Any) -> Float[Array, ""]:
-        """Return w at an iteration."""
-        return jnp.asarray(self.softness(state.iteration), self.problem.discount.dtype)
-
     def _penalized(self, softness: Float[Array, ""]) -> Penalized:
         return Penalized(self.problem, softness)
 
-    def report_agent(self, agent):
-        return self.agent.report(_of(agent, 0))
-
-    def policy(self, state):
-        return self._policy(state, 0)
-
-    def _policy(self, state: Any, which: int) -> Any:
-        return self.agent.policy(_of(state.memory.agent, which), self.problem, state.x)
-
     def estimate_from_samples(self, key, state):
-        problem = self.problem
-        for_groups, for_loss = jax.random.split(key)
-        policies = [self._policy(state, which) for which in (0, 1)]
-        own, groups = (sample_groups(for_groups, problem, policy, self.batch) for policy in policies)
-        softness = self.softness_at(state)
-
-        def paid(x: Any, groups: Trajectory) -> tuple[Float[Array, ""], Costs]:
-            costs = group_costs(for_loss, problem, x, groups)
-            return jnp.sum(costs.factors[None] * costs.each) / self.batch, costs
-
-        def earned(x: Any, groups: Trajectory) -> Float[Array, ""]:
-            return jnp.mean(reward_returns(problem, x, merge_axes(groups))[:, 0])
-
-        def penalized(x: Any) -> tuple[Float[Array, ""], Any]:
-            value, costs = paid(x, groups)
-            gap = earned(x, own) - earned(x, groups)
-            return value + gap / softness.astype(gap.dtype), stop_gradient((value, gap, costs))
-
-        gradient, (of_penalized, gap, costs) = jax.grad(penalized, has_aux=True)(state.x)
-        wrong = self._history(state.x, groups, costs) | has_nan(policies[1])
-        value = jnp.where(wrong, jnp.nan, paid(state.x, own)[0])
+        made = self.penalty_gradient(key, state)
+        wrong = self._history(state.x, made.groups, made.costs) | has_nan(self._policy(state, 1))
+        value = mean_loss(group_costs(key, self.problem, state.x, made.own))  # any key: losses that draw are refused
         return SampledEstimate(
-            value=value,
-            gradient=gradient,
+            value=jnp.where(wrong, jnp.nan, value),
+            gradient=made.gradient,
             memory=None,
             effective_sample_size=jnp.asarray(float(self.batch)),
-            reports={"objective_of_penalized": of_penalized, "reward_gap": gap},
+            reports={"objective_of_penalized": made.value, "reward_gap": made.gap},
         )
 
     def _history(self, x: Any, groups: Trajectory, costs: Costs) -> Any:
@@ -131,10 +99,6 @@ class TwoPolicyPenalty(SampledAlgorithm):
         together = jnp.where(groups.valid[:, 0], costs.each, 0)
         size = jnp.max(jnp.abs(together))
         return jnp.max(jnp.abs(alone - together)) > 1e4 * jnp.finfo(size.dtype).eps * size
-
-    @property
-    def environment_steps(self):
-        return 2 * (self.agent.environment_steps(self.problem) + batch_steps(self.problem, self.batch))
 
 
 def two_policy_penalty(
@@ -187,7 +151,8 @@ def two_policy_penalty(
       ((8, 3), ())
     """
     agent = _default_agent(problem) if agent is None else agent
-    return TwoPolicyPenalty(problem, optimizer, agent, as_schedule("softness", softness), as_size("batch", batch))
+    softness = as_schedule("softness", softness)
+    return TwoPolicyPenalty(problem, optimizer, agent=agent, softness=softness, batch=as_size("batch", batch))
 
 
 def _default_agent(problem: SampledProblem) -> Agent:
@@ -209,11 +174,6 @@ class _Uniform(Policy):
             low = jnp.where(jnp.isfinite(low), low, jnp.where(jnp.isfinite(high), high - 1, -1))
             return Uniform(low, jnp.where(jnp.isfinite(high), high, low + 1))
         return Categorical(jnp.full(self.space.n, 1 / self.space.n))
-
-
-def _of(agents: Any, which: int) -> Any:
-    """The state of one of the two agents."""
-    return jax.tree.map(lambda leaf: leaf[which], agents)
 
 
 register_algorithm("two_policy_penalty", two_policy_penalty)

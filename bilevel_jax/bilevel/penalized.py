@@ -60,15 +60,16 @@ def costs_alone(problem: SampledProblem, x: Any, trajectories: Trajectory) -> Fl
                 f"loss: expected [H] costs, [1] for one step alone, but that of {name} has shape {list(made.shape)}; "
                 f"costs of single steps are needed here"
             )
-        return made[0]
+        return made[0] if jnp.issubdtype(made.dtype, jnp.inexact) else made[0].astype(float)
 
     try:
         return jax.vmap(jax.vmap(cost))(trajectories._replace(state=None))
-    except (TypeError, ValueError, IndexError) as error:
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
         if isinstance(error, InputError):
             raise
         text = " ".join(str(error).split())
         raise InputError(
             f"loss: that of {name} cannot be asked for one step alone, as a trajectory [1, 1] ({text:.200}); write it "
-            f"so that entry h depends on step h alone and sizes are those of the trajectory"
+            f"so that entry h depends on step h alone, sizes are those of the trajectory, and states are read from "
+            f"`observation`, as agents record no `state`"
         ) from error

@@ -31,6 +31,8 @@ class Costs(NamedTuple):
 
 def step_costs(problem: SampledProblem, losses: Float[Array, " N"] | Float[Array, "N H"]) -> Costs:
     """Return the costs for the losses of N groups, [N] or [N, H]. Raises InputError for another shape."""
+    if not jnp.issubdtype(losses.dtype, jnp.inexact):  # counts and truths: their discount is no whole number
+        losses = losses.astype(float)
     if losses.ndim == 1:
         last = jnp.arange(problem.horizon) == problem.horizon - 1
         return Costs(jnp.where(last[None], losses[:, None], 0), jnp.ones((), losses.dtype))

@@ -41,7 +41,9 @@ class OneHot(Network):
         return self.network.init(key, jnp.zeros(self.states), outputs)
 
     def apply(self, params, observation):
-        valid = (jnp.asarray(observation) >= 0) & (jnp.asarray(observation) < self.states)
+        state = jnp.asarray(observation)
+        number = state.astype(jnp.int32)  # narrow integers cannot be compared with S
+        valid = (number >= 0) & (number < self.states) & (number.astype(state.dtype) == state)
         if is_known(valid) and not bool(jnp.all(valid)):
             raise InputError(f"observation: expected a state from 0 to {self.states - 1}, got {observation}")
-        return self.network.apply(params, jnp.where(valid, jax.nn.one_hot(observation, self.states), jnp.nan))
+        return self.network.apply(params, jnp.where(valid, jax.nn.one_hot(number, self.states), jnp.nan))

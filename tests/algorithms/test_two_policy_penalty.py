@@ -11,6 +11,7 @@ from sampled_helpers import KEY, EndingGarnet, PairGarnet, garnet, quick_jit, re
 import bilevel_jax as bj
 from bilevel_jax.algorithms import requires, two_policy_penalty
 from bilevel_jax.environments import policy_table
+from bilevel_jax.estimators import group_costs
 from bilevel_jax.problems.garnet import Garnet
 
 SGD = optax.sgd(0.1)
@@ -181,6 +182,35 @@ class Random(Garnet):
         return made * (1 + jax.random.normal(key, made.shape))
 
 
+class Offset(Garnet):
+    """Memory beside a large constant."""
+
+    def loss(self, key, x, trajectories):
+        return 10 + 1e-3 * jnp.cumsum(super().loss(key, x, trajectories))
+
+
+class Standardized(Garnet):
+    """Not a number for one step."""
+
+    def loss(self, key, x, trajectories):
+        made = super().loss(key, x, trajectories)
+        return (made - made.mean()) / made.std()
+
+
+class Truth(Garnet):
+    """A cost that is a truth."""
+
+    def loss(self, key, x, trajectories):
+        return trajectories.action[0] == 0
+
+
+class OfStates(Garnet):
+    """What agents do not record."""
+
+    def loss(self, key, x, trajectories):
+        return trajectories.state.astype(float)[0]
+
+
 class Weighed(Garnet):
     """A loss that has its sizes from the problem."""
 
@@ -189,11 +219,13 @@ class Weighed(Garnet):
 
 
 def test_what_it_refuses():
-    for kind in (Remembering, Random):
+    for kind in (Remembering, Random, Offset, Standardized):
         with pytest.raises(bj.InputError, match="two_policy_penalty needs costs"):
             two_policy_penalty(garnet(kind), SGD, agent=AGENT).init(KEY, X)
     with pytest.raises(bj.InputError, match="cannot be asked for one step alone"):
         bj.bilevel.penalized.costs_alone(garnet(Weighed), X, _some(garnet()))
+    with pytest.raises(bj.InputError, match="agents record no `state`"):
+        bj.bilevel.penalized.costs_alone(garnet(OfStates), X, _some(garnet()))
     assert "compares 2 trajectories" in requires("two_policy_penalty", garnet(PairGarnet))
     assert "discounted by 1, but an agent" in requires("two_policy_penalty", bj.problems.make("task"))
     for agent in (bj.agents.SoftQLearning(), bj.agents.ExactAgent()):
@@ -201,9 +233,9 @@ def test_what_it_refuses():
             two_policy_penalty(garnet(EndingGarnet), SGD, agent=agent).init(KEY, X)
 
 
-def _some(problem):
+def _some(problem, horizon=4):
     policy = jnp.full((5, 2), 0.5)
-    return bj.environments.rollout(KEY, problem.environment, policy, batch=2, horizon=4)
+    return bj.environments.rollout(KEY, problem.environment, policy, batch=2, horizon=horizon)
 
 
 @pytest.mark.slow
@@ -218,3 +250,40 @@ def test_costs_that_are_known_too_late_end_the_run():
     info = run(X)
     assert np.isnan(info.objective)
     assert info.reports["hyper-gradient estimate"].result == bj.Result.NOT_FINITE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["softness", "loss_discount"])
+def test_numbers_that_are_known_too_late_end_the_run(wrong):
+    class Discounted(Garnet):
+        other: jax.Array
+
+        def __init__(self, options):
+            super().__init__(options)
+            self.other = self.discount
+
+        @property
+        def loss_discount(self):
+            return self.other
+
+    @jax.jit
+    def run(number):
+        problem = garnet(Discounted)
+        if wrong == "loss_discount":
+            problem = eqx.tree_at(lambda p: p.other, problem, number)
+        softness = number if wrong == "softness" else 0.1
+        algorithm = two_policy_penalty(problem, SGD, agent=AGENT, batch=8, softness=softness)
+        return algorithm.step(KEY, algorithm.init(KEY, X))[1].objective
+
+    assert np.isnan(run(jnp.asarray(-0.1 if wrong == "softness" else 0.9)))
+    assert np.isfinite(run(jnp.asarray(0.1 if wrong == "softness" else 0.5)))
+
+
+@pytest.mark.slow
+def test_costs_may_be_truths():
+    """The same as with numbers, discounted."""
+    algorithm = two_policy_penalty(garnet(Truth), SGD, agent=AGENT, batch=8)
+    costs = group_costs(KEY, garnet(Truth), X, jax.tree.map(lambda leaf: leaf[:, None], _some(garnet(horizon=20), 20)))
+    assert costs.discount == 0.5
+    _, info = algorithm.step(KEY, algorithm.init(KEY, X))
+    assert 0 < info.objective < 2

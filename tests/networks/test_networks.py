@@ -193,6 +193,20 @@ def test_a_state_that_there_is_not_has_no_number():
     assert np.isnan(np.asarray(made)).all(1).tolist() == [True, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("states", "dtype"), [(600, jnp.uint8), (256, jnp.uint8), (200, jnp.int8), (2, jnp.bool), (5, jnp.float32)]
+)
+def test_states_of_narrow_types_are_those_numbers(states, dtype):
+    network = bj.networks.OneHot(states)
+    params = jax.tree.map(
+        lambda leaf: jnp.arange(leaf.size, dtype=leaf.dtype).reshape(leaf.shape), network.init(KEY, jnp.asarray(0), 1)
+    )
+    for run in (network.apply, jax.jit(network.apply)):
+        np.testing.assert_array_equal(run(params, jnp.asarray(1, dtype)), run(params, jnp.asarray(1)))
+    if dtype == jnp.float32:
+        assert np.isnan(jax.jit(network.apply)(params, jnp.asarray(2.5, dtype))).all()
+
+
 def test_dropouts_are_off():
     def build(key, observation, outputs):
         layer = eqx.nn.Linear(observation.size, outputs, key=key)

@@ -84,6 +84,7 @@ class TwoPolicyPenalty(TwoPolicies):
     def estimate_from_samples(self, key, state):
         made = self.penalty_gradient(key, state)
         wrong = self._history(state.x, made.groups, made.costs) | has_nan(self._policy(state, 1))
+        wrong |= ~(self.softness_at(state) > 0) | (self.problem.loss_discount != self.problem.discount)
         value = mean_loss(group_costs(key, self.problem, state.x, made.own))  # any key: losses that draw are refused
         return SampledEstimate(
             value=jnp.where(wrong, jnp.nan, value),
@@ -98,7 +99,8 @@ class TwoPolicyPenalty(TwoPolicies):
         alone = jnp.where(groups.valid[:, 0], costs_alone(self.problem, x, merge_axes(groups)), 0)
         together = jnp.where(groups.valid[:, 0], costs.each, 0)
         size = jnp.max(jnp.abs(together))
-        return jnp.max(jnp.abs(alone - together)) > 1e4 * jnp.finfo(size.dtype).eps * size
+        rounding = min(1e3 * float(jnp.finfo(size.dtype).eps), 0.05)
+        return ~(jnp.max(jnp.abs(alone - together)) <= rounding * size)  # of a NaN alone, too
 
 
 def two_policy_penalty(
@@ -139,7 +141,7 @@ def two_policy_penalty(
 
     Raises:
       InputError: batch below 1, softness not above 0; in `init`, costs that are not those of single steps, or an agent
-        that learns from reward(x) alone. Where costs are not known until the run, the objective becomes NaN instead.
+        that learns from reward(x) alone. What is not known until the run makes the objective NaN instead.
 
     Example:
       >>> problem = bj.problems.make("garnet", horizon=20)

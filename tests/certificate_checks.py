@@ -24,7 +24,7 @@ from typing import NamedTuple
 import certificate_reference
 import mpmath
 import numpy as np
-from certificate_cases import SWEEPING, Case, Numbers, build
+from certificate_cases import SLOTS, SWEEPING, Case, Numbers, build
 from certificate_reference import DIGITS, MANY, WORKING, Exact, Reference
 from certificate_runs import Known, differentiate, solve
 
@@ -33,7 +33,7 @@ import bilevel_jax as bj
 UNITS = 600  # 65 roundings of a sweep (rounding.AT_WORKING_PRECISION and its own), each of up to 9 units
 # Roundings of q = r + discount P value: some for the sum, the product and the terms.
 Q_UNITS = 16
-# Underflow: smallest normal numbers, for each state that an error passes.
+# Underflow: smallest normal numbers, for each term of an expectation, slots of probability 0 as well.
 FLOOR = 8
 # Actions within so many units of rounding of the best: the gradient is that of either.
 TIED = 1000
@@ -226,7 +226,7 @@ class _Judge:
             )
         if not self.converged:
             return
-        floor = FLOOR * (numbers.reward.shape[0] + 4) * self.tiny / self.away
+        floor = FLOOR * (max(numbers.reward.shape[0], SLOTS) + 4) * self.tiny / self.away
         enough = max(known.implied * (1 + 1e-6) + floor, known.tolerance or 0)
         if bound > enough:
             self.fault("vacuous", f"bound {bound:.3g} > implied {known.implied:.3g}")

@@ -201,7 +201,8 @@ def solve_linear(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _refine(exact: Exact, x: np.ndarray, look: Callable, transposed: bool = False):
     """x[S] and its uncertainty, by x <- x + (I - d P_pi)^-1 residual until steps are below what rounding makes of them.
 
-    `look` gives the residual, in the arithmetic, pi, and the size of what the residual is rounded at. The steps are in
+    The residual must be at its own rounding, too: near discount 1 a step that moves the policy may be far below what
+    rounding makes of values. `look` gives the residual, in the arithmetic, pi, and the size of what the residual is rounded at. The steps are in
     long double. Two in a row: the last one may move to where another policy is the best. None after `MOST_STEPS`.
     """
     arithmetic, rough, settled = exact.arithmetic, exact.narrowed(), False
@@ -210,9 +211,10 @@ def _refine(exact: Exact, x: np.ndarray, look: Callable, transposed: bool = Fals
         operator = rough.operator(arithmetic.narrow(policy))
         system = np.eye(len(x), dtype=operator.dtype) - (operator.T if transposed else operator)
         level = ROUNDINGS * arithmetic.eps * arithmetic.narrow(size)
-        step, natural = solve_linear(system, np.stack([arithmetic.narrow(residual), level], 1)).T
+        residual = arithmetic.narrow(residual)
+        step, natural = solve_linear(system, np.stack([residual, level], 1)).T
         x = x + arithmetic.widen(step)
-        small = (np.abs(step) <= 2 * natural).all()
+        small = (np.abs(step) <= 2 * natural).all() and (np.abs(residual) <= 4 * level).all()
         if small and settled:
             return x, arithmetic.widen(4 * natural)
         settled = small

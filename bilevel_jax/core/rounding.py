@@ -22,6 +22,9 @@ from bilevel_jax.core.arrays import Flag, PerState, Scalar
 # where they say nothing of V, see `working_precision`.
 AT_WORKING_PRECISION = 64
 LEAST_WORKING_PRECISION = 2
+# What is lost below the smallest normal number is no relative error. It is allowed fewer times: more could be all that
+# a value of that size is.
+UNDERFLOWS_AT_WORKING_PRECISION = 4
 # A gap T V - V of at most so many times the rounding of a sweep is noise: no constant is taken out of it.
 NOISE = 4
 # A bracket of V* whose half width is at most so many times what rounding adds to it ends the steps: more would take
@@ -127,7 +130,10 @@ def of_scaling(temperature: Float[ArrayLike, ""], dtype: Any) -> Scalar:
 
 
 def of_sweep(
-    sums: Sums, expected: Float[Array, "..."], q: Float[Array, "..."], spread: Float[Array, "..."]
+    sums: Sums,
+    expected: Float[Array, "..."],
+    q: Float[Array, "..."],
+    spread: Float[Array, "..."],
 ) -> Float[Array, "..."]:
     """How far a computed (T V)[s] may be from the true one; all arrays broadcast.
 
@@ -142,9 +148,29 @@ def of_sweep(
       q: sum_a pi |Q| + |T V|.
       spread: |T V - max Q|, for each sum in each other by which Omega* adds over the actions (`levels_of_sum`).
     """
-    u = unit_roundoff(q.dtype)
+    return _relative(sums, expected, q, spread) + underflow(sums.terms, q.dtype)
+
+
+def of_equation(
+    sums: Sums,
+    expected: Float[Array, "..."],
+    q: Float[Array, "..."],
+    spread: Float[Array, "..."],
+    lost: Scalar,
+    times: Scalar,
+) -> Float[Array, "..."]:
+    """By how much V = T V may be off in a state that is known to working precision: `times` the rounding of a sweep.
+
+    Of what is lost below the smallest normal number, `times` is cut to 4. `lost` is that of Omega*; the other arguments
+    are those of `of_sweep`.
+    """
+    fewer = jnp.minimum(times, UNDERFLOWS_AT_WORKING_PRECISION)
+    return times * _relative(sums, expected, q, spread) + fewer * (underflow(sums.terms, q.dtype) + lost)
+
+
+def _relative(sums, expected, q, spread):
     roundings = jnp.asarray(2 + sums.roundings, q.dtype)
-    return u * (roundings * expected + q + 8 * spread) + underflow(sums.terms, q.dtype)
+    return unit_roundoff(q.dtype) * (roundings * expected + q + 8 * spread)
 
 
 def of_policy(temperature: Float[ArrayLike, ""], dtype: Any) -> Scalar:

@@ -380,7 +380,8 @@ def _iterate(solver, mdp, regularizer, bias):
         own = sizes._replace(q=sizes.q + jnp.abs(bias) + jnp.abs(gap))  # of g + h = T h, h and g are numbers, too
         noise = rounding.of_sweep(sums, sup_norm(bias), jnp.max(own.q), jnp.max(own.spread)) + own.lost
         gain = (jnp.max(gap) + jnp.min(gap)) / 2
-        excess = jnp.max(jnp.abs(gap - gain) / own.rounding(sums, own.expected()))
+        times = jnp.asarray(rounding.AT_WORKING_PRECISION, dtype)
+        excess = jnp.max(jnp.abs(gap - gain) / own.allowed(sums, own.expected(), times))
         lower, upper = jnp.min(gap) - noise, jnp.max(gap) + noise
         bound = half + noise
 
@@ -388,7 +389,7 @@ def _iterate(solver, mdp, regularizer, bias):
         # states have several gains, covers any difference by its rounding in the end: a gain is known to working
         # precision only where its bounds say much more than that.
         def says_something(scale, size):
-            least = rounding.AT_WORKING_PRECISION * rounding_of(size)
+            least = rounding.of_equation(sums, size, 2 * size, jnp.zeros_like(size), own.lost, times)
             return rounding.KNOWN * scale + least if to_working_precision else jnp.minimum(wanted, scale + least)
 
         collected = jnp.abs(sizes.collected)
@@ -397,7 +398,7 @@ def _iterate(solver, mdp, regularizer, bias):
         scale, size = jnp.maximum(jnp.ptp(sizes.collected) / 2, lowest), jnp.max(collected)
         near = bound <= says_something(scale, size)
         if to_working_precision:
-            near &= excess <= rounding.AT_WORKING_PRECISION
+            near &= excess <= 1
 
         # What is collected on the way to where the process stays is no part of a gain, however much it is. So bounds
         # are compared with how far from the gain is what is collected in the long run; or with the least that any state

@@ -45,8 +45,8 @@ class Parts(NamedTuple):
 
     `direct` is df/dx with everything else fixed. `read` is df/dtheta, where theta are the leaves of MDP and regularizer
     and the solution is computed from a fixed V. `backup` is w' dT/dtheta. `size` measures how large the numbers are
-    that `read` and `backup` sum up: each of their terms enters with its absolute value and an arbitrary sign, and is at
-    least as large as the numbers at which digits begin to be lost.
+    that `read` and `backup` sum up, over x's share in theta and over the states: each of their terms enters with its
+    absolute value and an arbitrary sign, and is at least as large as the numbers at which digits begin to be lost.
     """
 
     direct: Any
@@ -100,14 +100,26 @@ class Lagrangian:
     def parts(self, objective: ObjectiveAt, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Parts:
         """Return the summands of `gradient`."""
 
-        def stacked(read, backup):
+        def stacked(read, backup, summed):
             least = rounding.full_precision(read.dtype)
-            return jnp.stack([read, backup, _signs(read) * (jnp.abs(read) + jnp.abs(backup) + least)])
+            return jnp.stack([read, backup, _signs(read) * (jnp.abs(read) + jnp.abs(backup) + summed + least)])
 
-        each = jax.tree.map(stacked, objective.of_theta, self._of_backup(value, w))
+        each = jax.tree.map(stacked, objective.of_theta, self._of_backup(value, w), self._summed(value, w))
         (pulled,) = jax.vmap(self._pull)(each)  # in one pass, which reads the data of x's derivatives once
         read, of_backup, size = (jax.tree.map(lambda leaf, i=i: leaf[i], pulled) for i in range(3))
         return Parts(direct=objective.of_x, read=read, backup=of_backup, size=size)
+
+    def _summed(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
+        """Return how large the numbers are whose sum over the states is w' dT/dtheta, for leaves like the discount.
+
+        Those of either sign may cancel: the sums of |w| and of w with arbitrary signs are added. For leaves with an
+        entry per state it is zero.
+        """
+        few, others = eqx.partition(self._theta, lambda leaf: leaf.size < value.size)
+        _, pull = jax.vjp(lambda few: over_batch(backup)(*self.lower(eqx.combine(few, others)), value), few)
+        (by_size,), (by_sign,) = pull(jnp.abs(w)), pull(_signs(w) * w)
+        summed = jax.tree.map(lambda a, b: jnp.abs(a) + jnp.abs(b), by_size, by_sign)
+        return eqx.combine(summed, jax.tree.map(jnp.zeros_like, others))
 
     def _of_backup(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
         _, pull = jax.vjp(lambda theta: over_batch(backup)(*self.lower(theta), value), self._theta)

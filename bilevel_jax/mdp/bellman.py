@@ -119,12 +119,12 @@ class Sizes(NamedTuple):
     empty: Flag
     expected: Callable[[], PerState]
 
-    def rounding(self, sums: rounding.Sums, expected: PerState) -> PerState:
-        """Return the rounding of each state's sweep, [S].
+    def allowed(self, sums: rounding.Sums, expected: PerState, times: Scalar) -> PerState:
+        """Return by how much each state's equation V = T V may be off, [S]: `times` its rounding (`of_equation`).
 
         `expected`[S] is the size of the numbers that its expectation sums.
         """
-        return rounding.of_sweep(sums, expected, self.q, self.spread) + self.lost
+        return rounding.of_equation(sums, expected, self.q, self.spread, self.lost, times)
 
 
 def sizes_of(mdp: MDP, regularizer: Regularizer, value: PerState, q: PerPair, backup: PerState) -> Sizes:

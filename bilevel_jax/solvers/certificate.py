@@ -97,27 +97,28 @@ def excess_below(
     shift: Scalar,
     allowed: PerState,
 ) -> Scalar:
-    """Return about the largest |T W - W| of a state, W = T V + shift, in units of the rounding of its equation at V, a
+    """Return about the largest |T W - W| of a state, W = T V + shift, relative to what its equation at V allows, a
     scalar.
 
     Near discount 1 a large constant has a small residual, (1 - discount) shift. The rounding of V + shift would cover
     it, whatever V is. The shift is therefore held against the rounding of the equation without it; its own product with
-    1 - discount has a rounding, too. `allowed`[S] is the rounding at W. In most cases it is enough to subtract what the
+    1 - discount has a rounding, too. `allowed`[S] is what is allowed at W. In most cases it is enough to subtract what the
     shift may add to it, and nothing is computed at V.
     """
     sums = mdp.transition.sums(value)
     size = jnp.abs(shift)
-    own = rounding.of_row_sums(sums, value.dtype) * size
+    times = rounding.working_precision(mdp.modulus, value.dtype)
+    own = times * rounding.of_row_sums(sums, value.dtype) * size
     left = jnp.maximum(*(jnp.abs(discount * (backup - value) - (1 - discount) * shift) for discount in discounts))
 
     def exact():
         q = action_values(mdp, value)
         sizes = sizes_of(mdp, regularizer, value, q, backup)
-        return jnp.max(left / (sizes.rounding(sums, sizes.expected()) + own))
+        return jnp.max(left / (sizes.allowed(sums, sizes.expected(), times) + own))
 
-    added = rounding.of_sweep(sums, discounts.most * size, 2 * size, jnp.zeros_like(size))
+    added = times * rounding.of_sweep(sums, discounts.most * size, 2 * size, jnp.zeros_like(size))
     rough = jnp.max(left / (jnp.maximum(allowed - added, 0) + own))
-    return only_if(~(rough <= rounding.working_precision(mdp.modulus, value.dtype)), exact, rough)
+    return only_if(~(rough <= 1), exact, rough)
 
 
 class Certificate(NamedTuple):
@@ -125,8 +126,9 @@ class Certificate(NamedTuple):
 
     `residual` is |T V - V|_inf. `error_bound` bounds |V - V*|_inf. `suboptimality` bounds max_s V*[s] - V^pi[s] for the
     policy pi at V. `noise` is the largest rounding of the sweep. `implied` is the most that the policy collects per
-    step, divided by 1 - discount; it bounds |V^pi|. `excess` is the largest |T V - V| of a state in units of the
-    rounding of that state's own equation, infinite where it was not asked for.
+    step, divided by 1 - discount; it bounds |V^pi|. `excess` is the largest |T V - V| of a state relative to
+    what the rounding of that state's own equation allows (`Sizes.allowed`): at most 1 at working precision, infinite
+    where it was not asked for.
     """
 
     residual: Scalar
@@ -146,12 +148,12 @@ def certify(
     backup: PerState,
     by_state: Flag | None,
 ) -> tuple[Certificate, PerState]:
-    """Return the certificate of V[S], given Q[S, A] and T V [S] at it, and the least rounding of each state's equation,
+    """Return the certificate of V[S], given Q[S, A] and T V [S] at it, and the least that each state's equation allows,
     [S].
 
     T_pi V = T V for the policy pi at V, so that the bracket that V and T V prove holds V^pi as well as V*. `by_state`,
     a bool, says whether to compute E|V|, a product, where the bound on `excess` without it is above the threshold. None
-    leaves out both: `excess` and that rounding are then infinite.
+    leaves out both: `excess` and that least are then infinite.
     """
     sums = mdp.transition.sums(value)
     gap = backup - value
@@ -161,11 +163,12 @@ def certify(
         least, exact = jnp.full_like(gap, jnp.inf), jnp.full_like(discounts.most, jnp.inf)
         *three, most, high, low = largest(*parts)
     else:
-        # |E V| <= E|V|: a state whose equation holds to the rounding of |E V| needs no second expectation.
-        least = sizes.rounding(sums, sizes.expectation)
+        # |E V| <= E|V|: a state whose equation holds to what |E V| allows needs no second expectation.
+        times = rounding.working_precision(mdp.modulus, value.dtype)
+        least = sizes.allowed(sums, sizes.expectation, times)
         *three, most, high, low, rough = largest(*parts, jnp.abs(gap) / least)
-        unclear = by_state & (rough > rounding.working_precision(mdp.modulus, value.dtype))
-        exact = only_if(unclear, lambda: jnp.max(jnp.abs(gap) / sizes.rounding(sums, sizes.expected())), rough)
+        unclear = by_state & (rough > 1)
+        exact = only_if(unclear, lambda: jnp.max(jnp.abs(gap) / sizes.allowed(sums, sizes.expected(), times)), rough)
 
     low = -low
     noise = largest_rounding(mdp, sizes, discounts.most, *three)

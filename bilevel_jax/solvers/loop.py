@@ -229,7 +229,7 @@ def iterate(
                 proven.excess,
             )
             proven = proven._replace(excess=excess)
-            accepted = excess <= rounding.working_precision(mdp.modulus, dtype)
+            accepted = excess <= 1
             accepted &= proven.error_bound <= rounding.SAYS_SOMETHING * proven.implied
         else:
             asked = jnp.minimum(wanted, proven.implied)

@@ -274,3 +274,25 @@ def test_the_gain_of_a_way_to_a_goal(dtype):
     reward = np.r_[-np.ones(states - 1, dtype), 0][:, None]
     made = bj.check(bj.solve_average_reward(bj.MDP(p[:, None], reward, dtype(0.9)), bj.Unregularized()))
     assert abs(float(made.gain)) <= float(made.stats.error_bound) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [10, 100, 10000])
+@pytest.mark.parametrize("solver", [bj.RelativeValueIteration, bj.RelativePolicyIteration])
+def test_gains_near_the_smallest_normal_number(solver, size, dtype):
+    """What is lost below that number is no excuse for all of a gain: as right as the same gain of ordinary size."""
+    tiny, states = np.finfo(dtype).tiny, 4
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        p = rng.dirichlet(np.ones(states), (states, 2)).astype(dtype)
+        p /= p.sum(-1, keepdims=True)
+        reward = rng.normal(size=(states, 2)).astype(dtype)
+        of_ordinary_size = bj.check(bj.solve_average_reward(bj.MDP(p, reward, dtype(0.9)), bj.Unregularized()))
+        found = bj.solve_average_reward(
+            bj.MDP(p, reward * dtype(size) * tiny, dtype(0.9)), bj.Unregularized(), solver=solver()
+        )
+        right = float(of_ordinary_size.gain) * size * float(tiny)
+        lost = 8 * (states + 4) * float(tiny)
+        assert abs(float(found.gain) - right) <= float(found.stats.error_bound) + float(tiny)
+        if int(found.result) == bj.Result.CONVERGED:
+            assert abs(float(found.gain) - right) <= 0.02 * size * float(tiny) + lost

@@ -158,6 +158,48 @@ def test_a_lower_level_that_is_not_found_has_no_bound():
     assert not np.isfinite(float(bj.hypergradient(problem, x, method=INEXACT["neumann"]).error))
 
 
+class Weighted(bj.Problem):
+    """weights' V; x is (discount, temperature): each derivative is a sum over the states whose terms may cancel."""
+
+    transition: bj.DenseTransition
+    reward: jax.Array
+    weights: jax.Array
+
+    def mdp(self, x):
+        return bj.MDP(self.transition, self.reward, x[0])
+
+    def regularizer(self, x):
+        return bj.ShannonEntropy(x[1])
+
+    def objective(self, x, solution):
+        del x
+        return self.weights @ solution.value
+
+
+def test_errors_see_sums_over_the_states_that_cancel():
+    """In float32 the rounding of such a sum is that of its terms. The reference has the same numbers in float64."""
+    states, count = 60, 200
+    rng = np.random.default_rng(0)
+    p = bj.DenseTransition(np.eye(states, k=1)[:, None] + np.eye(states, k=1 - states)[:, None] + np.zeros((1, 3, 1)))
+    weights = rng.normal(size=(count, states)).astype(np.float32)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def made(weights, x):
+        dtype = x.dtype
+        transition = jax.tree.map(lambda leaf: leaf.astype(dtype), p)
+        problem = Weighted(transition, jnp.zeros((states, 3), dtype), weights.astype(dtype))
+        return bj.hypergradient(problem, x)
+
+    for discount, temperature in ((0.0, 300.0), (0.5, 0.01)):
+        x = jnp.array([discount, temperature], jnp.float32)
+        found, right = made(weights, x), made(weights, x.astype(jnp.float64))
+        off = np.linalg.norm(np.asarray(found.gradient, np.float64) - np.asarray(right.gradient), axis=-1)
+        assert (off <= np.asarray(found.error)).all()
+        size = (1 + temperature) * np.abs(weights).sum(-1) / (1 - discount) ** 2
+        assert np.median(np.asarray(found.error) / size) < 1e-5
+
+
 @pytest.mark.slow
 def test_without_error():
     made = bj.hypergradient(upper_problem("kl"), upper_start(), with_error=False)

@@ -5,6 +5,8 @@ its figures are in docs/failures.md.
 """
 
 import collections
+import dataclasses
+import itertools
 
 import certificate_cases as cases
 import certificate_checks as checks
@@ -49,13 +51,14 @@ def batches(draw):
     return [cases.case(choose, of) for _ in range(of.batch or 1)], index % 3 == 0
 
 
-def sample(seed, structures, each):
-    """Fixed cases: verdicts of `each` batches per structure."""
+def sample(seed, structures, each, **changes):
+    """Fixed cases, with `changes`: verdicts of `each` batches per structure."""
     verdicts = []
     for i, of in enumerate(structures):
         choose = cases.Random(np.random.default_rng([seed, i]))
         for _ in range(each):
-            verdicts += checks.examine([cases.case(choose, of) for _ in range(of.batch or 1)], gradients=False)
+            batch = [dataclasses.replace(cases.case(choose, of), **changes) for _ in range(of.batch or 1)]
+            verdicts += checks.examine(batch, gradients=False)
     return verdicts
 
 
@@ -67,6 +70,25 @@ def test_a_few_hard_cases():
     )
     for verdict in sample(1, few, 4):
         assert not verdict.faults, verdict
+
+
+@pytest.mark.parametrize("solver", ["anderson", "value iteration"])
+def test_values_near_the_smallest_normal_number(solver):
+    """What 64 sweeps lose below that number is more than these values: such an error was called CONVERGED."""
+    of = cases.Structure(2, 2, "float64", "successor", solver, "kl")
+    drawn = [cases.Case(of, "corridor", "tiny", seed, 1.25, temperature=-1.0) for seed in range(8)]
+    for verdict in itertools.chain.from_iterable(checks.examine([case], gradients=False) for case in drawn):
+        assert not verdict.faults, verdict
+        assert verdict.code == "CONVERGED"
+
+
+@pytest.mark.slow
+def test_no_structure_is_wrong_near_the_smallest_normal_number():
+    """Told more often than elsewhere: nothing else can be done where (Q - max Q) / temperature has no digits."""
+    verdicts = sample(3, STRUCTURES, 4, reward="tiny")
+    for verdict in verdicts:
+        assert not verdict.faults, verdict
+    assert sum(v.code == "CONVERGED" for v in verdicts) > len(verdicts) / 2
 
 
 @pytest.mark.slow

@@ -59,7 +59,9 @@ class TwoPolicyPenalty(TwoPolicies):
         if is_known(*jax.tree.leaves((x, problem))):
             key = jax.random.key(0)
             groups = sample_groups(key, problem, _Uniform(problem.action_space), 2)
-            if bool(self._history(x, groups, group_costs(key, problem, x, groups))):
+            costs = group_costs(key, problem, x, groups)
+            # NaN costs, of an x of NaN for instance, are what the first step reports.
+            if not has_nan(jnp.where(groups.valid[:, 0], costs.each, 0)) and bool(self._history(x, groups, costs)):
                 raise InputError(
                     f"loss: two_policy_penalty needs costs [H] whose entry h depends on step h alone, without random "
                     f"numbers, but those of {type(problem).__name__} are others in a trajectory than step by step; use "

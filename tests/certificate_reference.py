@@ -202,8 +202,9 @@ def _refine(exact: Exact, x: np.ndarray, look: Callable, transposed: bool = Fals
     """x[S] and its uncertainty, by x <- x + (I - d P_pi)^-1 residual until steps are below what rounding makes of them.
 
     The residual must be at its own rounding, too: near discount 1 a step that moves the policy may be far below what
-    rounding makes of values. `look` gives the residual, in the arithmetic, pi, and the size of what the residual is rounded at. The steps are in
-    long double. Two in a row: the last one may move to where another policy is the best. None after `MOST_STEPS`.
+    rounding makes of values. `look` gives the residual, in the arithmetic, pi, and the size of what the residual is
+    rounded at. The steps are in long double. Two in a row: the last one may move to where another policy is the best.
+    None after `MOST_STEPS`.
     """
     arithmetic, rough, settled = exact.arithmetic, exact.narrowed(), False
     for _ in range(MOST_STEPS):

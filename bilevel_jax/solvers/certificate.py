@@ -102,8 +102,8 @@ def excess_below(
 
     Near discount 1 a large constant has a small residual, (1 - discount) shift. The rounding of V + shift would cover
     it, whatever V is. The shift is therefore held against the rounding of the equation without it; its own product with
-    1 - discount has a rounding, too. `allowed`[S] is what is allowed at W. In most cases it is enough to subtract what the
-    shift may add to it, and nothing is computed at V.
+    1 - discount has a rounding, too. `allowed`[S] is what is allowed at W. In most cases it is enough to subtract what
+    the shift may add to it, and nothing is computed at V.
     """
     sums = mdp.transition.sums(value)
     size = jnp.abs(shift)

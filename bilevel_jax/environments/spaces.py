@@ -48,7 +48,7 @@ class Box(eqx.Module):
       dtype: float32 or float64 (static); None is JAX's default.
 
     Raises:
-      InputError: bounds that do not broadcast to the shape, low above high, or a dtype that is not floating-point.
+      InputError: bounds that do not broadcast to the shape, low above high, NaN, or a dtype that is not floating-point.
 
     Example:
       >>> bj.environments.Box(-1.0, 1.0, (3,)).low.shape
@@ -79,8 +79,8 @@ class Box(eqx.Module):
                 raise InputError(
                     f"{name}: expected an array that broadcasts to {list(self.shape)}, got {list(bound.shape)}"
                 ) from None
-        if is_known(self.low, self.high) and (np.asarray(self.low) > np.asarray(self.high)).any():
-            raise InputError(f"low: expected at most high, got {np.asarray(self.low)} above {np.asarray(self.high)}")
+        if is_known(self.low, self.high) and not (np.asarray(self.low) <= np.asarray(self.high)).all():
+            raise InputError(f"low: expected at most high, got {np.asarray(self.low)} and {np.asarray(self.high)}")
 
 
 Space = Discrete | Box

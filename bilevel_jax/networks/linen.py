@@ -24,7 +24,8 @@ class Linen(Network):
       module: it has to return as many numbers as are asked for (static).
 
     Raises:
-      InputError: in `init`, the module returns another number of outputs, or asks for random numbers.
+      InputError: in `init`, the module returns another number of outputs, asks for random numbers, or changes its
+        statistics.
 
     Example:
       >>> import flax.linen as nn
@@ -44,6 +45,11 @@ class Linen(Network):
         except flax.errors.InvalidRngError as error:
             raise InputError(
                 f"module: it asks for random numbers, and is given none ({error}); make dropouts deterministic=True"
+            ) from None
+        except flax.errors.ModifyScopeVariableError as error:
+            raise InputError(
+                f"module: it changes more than its parameters ({error}); make batch normalizations "
+                "use_running_average=True"
             ) from None
         numbers("module", made, outputs)
         return params

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bilevel_jax.core.errors import InputError
-from bilevel_jax.core.validation import as_float, require_positive
+from bilevel_jax.core.validation import as_float, require_finite, require_positive
 from bilevel_jax.networks.mlp import MLP
 from bilevel_jax.networks.protocol import Network, as_vector, vector_size
 
@@ -24,7 +24,8 @@ class Scaled(Network):
       network: what the vectors go into; None is `MLP()`.
 
     Raises:
-      InputError: a scale that is not above 0; in `init`, a scale or an offset of another length than observations.
+      InputError: a scale that is not above 0, an offset that is not finite; in `init`, either of another length than
+        observations.
 
     Example:
       >>> network = bj.networks.Scaled(jnp.array([0.5, 0.03]), jnp.array([-0.3, 0.0]))
@@ -42,6 +43,7 @@ class Scaled(Network):
         self.offset = as_float("offset", offset, float)
         self.network = MLP() if network is None else network
         require_positive("scale", self.scale, "give the size that the entries of observations have")
+        require_finite("offset", self.offset)
 
     def init(self, key, observation, outputs):
         length = vector_size(observation)

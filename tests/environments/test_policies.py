@@ -176,6 +176,7 @@ def test_spaces():
         (lambda: Discrete(0), "n: "),
         (lambda: Discrete(2.0), "n: "),
         (lambda: Box(1.0, 0.0, ()), "low: expected at most high"),
+        (lambda: Box(0.0, np.nan, ()), "low: expected at most high, got 0.0 and nan"),
         (lambda: Box(np.zeros(3), 1.0, (2,)), r"low: expected an array that broadcasts to \[2\]"),
         (lambda: Box(0.0, 1.0, (), np.int32), "dtype: expected a floating-point type"),
         (lambda: as_space("a", SimpleNamespace(low=0, high=1)), "a: its actions are a SimpleNamespace"),

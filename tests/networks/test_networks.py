@@ -115,6 +115,8 @@ def test_scaled_observations():
     np.testing.assert_allclose(network.apply(params, VECTOR), want, rtol=1e-12)
     with pytest.raises(bj.InputError, match="scale"):
         bj.networks.Scaled(0.0)
+    with pytest.raises(bj.InputError, match="offset is nan"):
+        bj.networks.Scaled(1.0, jnp.nan)
     for name in ("scale", "offset"):
         with pytest.raises(bj.InputError, match=rf"{name}: expected a number or shape \[3\], .* got shape \[4\]"):
             bj.networks.Scaled(**{name: jnp.ones(4)}).init(KEY, VECTOR, 2)
@@ -160,6 +162,8 @@ def test_what_cannot_be_a_network_is_refused():
         bj.networks.equinox.Equinox(_Counter).init(KEY, VECTOR, 3)
     with pytest.raises(bj.InputError, match=r"module: it asks for random numbers.*deterministic=True"):
         Linen(nn.Sequential([nn.Dense(3), nn.Dropout(0.5, deterministic=False)])).init(KEY, VECTOR, 3)
+    with pytest.raises(bj.InputError, match=r"module: it changes more than its parameters.*use_running_average=True"):
+        Linen(nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])).init(KEY, VECTOR, 3)
     for state in (-1, 8):
         with pytest.raises(bj.InputError, match=f"observation: expected a state from 0 to 7, got {state}"):
             bj.networks.OneHot(8).apply(bj.networks.OneHot(8).init(KEY, jnp.asarray(0), 3), jnp.asarray(state))

@@ -99,7 +99,7 @@ class TanhGaussian(Distribution):
         last = _arctanh_from_one(margin)
         u = jnp.where(at_bound, 0, jnp.arctanh(jnp.clip(place, margin - 1, 1 - margin)))
         beyond = jax.scipy.special.log_ndtr((jnp.sign(place) * self.mean - last) * jnp.exp(-self.log_std))
-        return jnp.sum(jnp.where(at_bound, beyond - jnp.log(margin * half), self._log_densities(u)))
+        return jnp.sum(jnp.where(at_bound, beyond - jnp.log(margin) - jnp.log(half), self._log_densities(u)))
 
     def entropy(self) -> Float[Array, ""]:
         """That of u, plus the mean of log(1 - tanh(u)^2), for which there is no formula: it is a trapezoidal sum of 129

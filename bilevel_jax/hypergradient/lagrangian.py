@@ -102,7 +102,8 @@ class Lagrangian:
 
         def stacked(read, backup, summed):
             least = rounding.full_precision(read.dtype)
-            return jnp.stack([read, backup, _signs(read) * (jnp.abs(read) + jnp.abs(backup) + summed + least)])
+            sizes = jnp.abs(read) + jnp.maximum(jnp.abs(backup), summed) + least
+            return jnp.stack([read, backup, _signs(read) * sizes])
 
         each = jax.tree.map(stacked, objective.of_theta, self._of_backup(value, w), self._summed(value, w))
         (pulled,) = jax.vmap(self._pull)(each)  # in one pass, which reads the data of x's derivatives once
@@ -112,13 +113,13 @@ class Lagrangian:
     def _summed(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
         """Return how large the numbers are whose sum over the states is w' dT/dtheta, for leaves like the discount.
 
-        Those of either sign may cancel: the sums of |w| and of w with arbitrary signs are added. For leaves with an
-        entry per state it is zero.
+        Those of either sign may cancel: it is the larger one of the sums with |w| and with w of arbitrary signs. For
+        leaves with an entry per state it is zero.
         """
         few, others = eqx.partition(self._theta, lambda leaf: leaf.size < value.size)
         _, pull = jax.vjp(lambda few: over_batch(backup)(*self.lower(eqx.combine(few, others)), value), few)
         (by_size,), (by_sign,) = pull(jnp.abs(w)), pull(_signs(w) * w)
-        summed = jax.tree.map(lambda a, b: jnp.abs(a) + jnp.abs(b), by_size, by_sign)
+        summed = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), by_size, by_sign)
         return eqx.combine(summed, jax.tree.map(jnp.zeros_like, others))
 
     def _of_backup(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:

@@ -63,7 +63,8 @@ class Round(NamedTuple):
     """The state of the rounds: `walk`, that of the steps, with a field `iterations`; and the last result found.
 
     `burst` is the number of steps that are made without a look; if it is above 0, they go on until the number `until`.
-    `excess` is the smallest excess so far, and `stale` the number of rounds since.
+    `excess` is the smallest excess so far, and `stale` the number of rounds since; with a tolerance, the number of looks
+    without a step between. `pressed` says that the last look gave a reason for another step.
     """
 
     walk: Any
@@ -72,6 +73,7 @@ class Round(NamedTuple):
     until: Count
     excess: Scalar
     stale: Count
+    pressed: Flag
     done: Flag
 
 
@@ -103,9 +105,16 @@ def in_rounds(
     wide = jnp.full_like(asked, jnp.inf)
 
     def one_round(now: Round) -> Round:
-        unseen = now.burst > 0
+        # A compiler may compute a number twice in one program, and round it differently. That must not make rounds
+        # without end: where a look gives a reason for a step, one is made, and few looks are taken without a step.
+        unseen, before = now.burst > 0, now.walk.iterations
+
+        def another(walk: Any) -> Flag:
+            wanted = unseen | going(walk, now.found) | (now.pressed & (walk.iterations == before))
+            return wanted & (walk.iterations < now.until) & ~now.done
+
         walk = lax.while_loop(
-            lambda walk: (unseen | going(walk, now.found)) & (walk.iterations < now.until) & ~now.done,
+            another,
             lambda walk: step(walk, now.found, unseen),
             now.walk,
         )
@@ -115,11 +124,13 @@ def in_rounds(
             until = jnp.minimum(walk.iterations + burst, max_iterations)
             long_enough = (now.burst >= LEAST_BURST).astype(jnp.int32)
             stale = jnp.where(found.excess < now.excess, 0, now.stale + long_enough)
-            stuck = stale >= PATIENCE
+            stuck, pressed = stale >= PATIENCE, now.pressed
         else:
-            burst, until, stale = now.burst, now.until, now.stale
+            burst, until, pressed = now.burst, now.until, going(walk, found)
+            stale = jnp.where(walk.iterations == before, now.stale + 1, 0)
             # Where this look asks for less than the last one did, another look at the same V may find that.
-            stuck = ~going(walk, found) & ~(found.asked < now.found.asked)  # NaN, too
+            stuck = ~pressed & ~(found.asked < now.found.asked)  # NaN, too
+            stuck |= stale >= PATIENCE
         done = found.accepted | ~found.finite | stuck | (walk.iterations >= max_iterations)
         found = found._replace(limited=found.limited | stuck)
         return Round(
@@ -129,12 +140,15 @@ def in_rounds(
             until=until,
             excess=jnp.minimum(found.excess, now.excess),
             stale=stale,
+            pressed=pressed,
             done=done,
         )
 
     found = Found(
         answer=answer, accepted=no, limited=no, finite=no, excess=wide, asked=asked, extra=jnp.zeros_like(asked)
     )
-    start = Round(walk=walk, found=found, burst=zero, until=max_iterations, excess=wide, stale=zero, done=no)
+    start = Round(
+        walk=walk, found=found, burst=zero, until=max_iterations, excess=wide, stale=zero, pressed=no, done=no
+    )
     end = lax.while_loop(lambda now: ~now.done, one_round, start)
     return end.walk, end.found

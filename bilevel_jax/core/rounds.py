@@ -63,8 +63,8 @@ class Round(NamedTuple):
     """The state of the rounds: `walk`, that of the steps, with a field `iterations`; and the last result found.
 
     `burst` is the number of steps that are made without a look; if it is above 0, they go on until the number `until`.
-    `excess` is the smallest excess so far, and `stale` the number of rounds since; with a tolerance, the number of looks
-    without a step between. `pressed` says that the last look gave a reason for another step.
+    `excess` is the smallest excess so far, and `stale` the number of rounds since; with a tolerance, the number of
+    looks without a step between. `pressed` says that the last look gave a reason for another step.
     """
 
     walk: Any

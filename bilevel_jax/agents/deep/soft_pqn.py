@@ -57,7 +57,9 @@ class SoftPQN(Agent):
     by construction, as the policy is the regularized one of Q.
 
     Args:
-      network: of Q, one output per action; None is `MLP()` with normalized layers.
+      network: of Q, one output per action; None is `MLP(output_scale=0.0)`, with normalized layers: the first policy is
+        uniform whatever the temperature. One that begins with Q of some temperatures has a favourite action from the
+        start, and may never see a reward that is far off.
       processes: B, the number of processes that run in parallel (static).
       steps: the number of steps of each process per update (static).
       updates: the number of updates per `improve` (static).
@@ -110,7 +112,7 @@ class SoftPQN(Agent):
         optimizer: Literal["adam", "radam"] = "radam",
         restart_every: Any = None,
     ):
-        self.network = MLP() if network is None else network
+        self.network = MLP(output_scale=0.0) if network is None else network
         self.processes, self.steps, self.updates = processes, steps, updates
         self.epochs, self.minibatches = epochs, minibatches
         require_divisible(self.processes, self.steps, self.minibatches)

@@ -111,16 +111,23 @@ class Lagrangian:
         return Parts(direct=objective.of_x, read=read, backup=of_backup, size=size)
 
     def _summed(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
-        """Return how large the numbers are whose sum over the states is w' dT/dtheta, for leaves like the discount.
+        """Return how large the numbers are whose sum over states, or over a batch, is w' dT/dtheta.
 
-        Those of either sign may cancel: it is the larger one of the sums with |w| and with w of arbitrary signs. For
-        leaves with an entry per state it is zero.
+        Those of either sign may cancel: it is the larger one of the sums with |w| and with w of arbitrary signs. It is
+        zero for leaves that are not summed: an entry per state and successor, in each problem of a batch.
         """
-        few, others = eqx.partition(self._theta, lambda leaf: leaf.size < value.size)
-        _, pull = jax.vjp(lambda few: over_batch(backup)(*self.lower(eqx.combine(few, others)), value), few)
+        lower = self.lower()
+        largest, batch = value.size * lower[0].num_actions, value.ndim - 1
+
+        def is_summed(leaf, own):
+            return jnp.size(leaf) <= largest or jnp.ndim(leaf) - own < batch
+
+        which = jax.tree.map(is_summed, lower, tuple(part.event_ndim() for part in lower))
+        summed, others = eqx.partition(self._theta, which)
+        _, pull = jax.vjp(lambda summed: over_batch(backup)(*self.lower(eqx.combine(summed, others)), value), summed)
         (by_size,), (by_sign,) = pull(jnp.abs(w)), pull(_signs(w) * w)
-        summed = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), by_size, by_sign)
-        return eqx.combine(summed, jax.tree.map(jnp.zeros_like, others))
+        sizes = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), by_size, by_sign)
+        return eqx.combine(sizes, jax.tree.map(jnp.zeros_like, others))
 
     def _of_backup(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
         _, pull = jax.vjp(lambda theta: over_batch(backup)(*self.lower(theta), value), self._theta)

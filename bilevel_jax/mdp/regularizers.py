@@ -162,8 +162,9 @@ class KLDivergence(Regularizer):
 
     An action with reference probability 0 is never taken. The reference may give probability to actions that are not
     available in a state: the sum in Omega* then leaves these actions out, and the probabilities of the others are used
-    as they are, without dividing them by their sum. If the whole row of the reference misses the sum 1 by rounding, it
-    is divided by its sum.
+    as they are, without dividing them by their sum. A whole row of the reference is divided by its sum, which may miss
+    1 by rounding. Derivatives are those of the divided row: a constant that is added to a row of d Omega* / d reference
+    makes no difference along the simplex, and would cost as many digits as the temperature is above the action values.
 
     Args:
       temperature: above 0, in units of the reward.
@@ -228,13 +229,12 @@ class KLDivergence(Regularizer):
         """temperature * log sum ref exp((Q - max Q) / temperature), [S], at most 0."""
         scaled, temperature, reference = self._scaled(q)
         available = _is_available(q)
-        # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is
-        # the sum of the reference: rounding in it would be multiplied by the temperature, its derivative not.
+        # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is the sum of
+        # the reference: rounding in it would be multiplied by the temperature, as its derivative would be.
         # A reference that sums to 1 + 1e-7, as one that was normalized in float32 may, is divided by its sum.
         mass = sum_last(reference)
-        whole = stop_gradient(mass)
-        shortfall = (sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) + (mass - whole)) / whole
-        total = sum_last(reference * jnp.where(available, jnp.exp(scaled), 0)) / whole
+        shortfall = sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) / mass
+        total = sum_last(reference * jnp.where(available, jnp.exp(scaled), 0)) / mass
         near = shortfall > NEAR
         log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
         return temperature * log_total
@@ -247,7 +247,7 @@ class KLDivergence(Regularizer):
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
         reference = self._reference(policy)
-        surplus = jnp.log(stop_gradient(sum_last(reference)))
+        surplus = jnp.log(sum_last(reference))
         return temperature * (sum_last(_xlogy(policy, policy) - _xlogy(policy, reference)) + surplus)
 
     def penalty_at(self, q):
@@ -263,9 +263,9 @@ class KLDivergence(Regularizer):
         return eqx.tree_at(lambda r: (r.temperature, r.reference), self, (0, own))
 
     def linearized_policy(self, policy, q, value):
-        """d pi = pi d[(q - value) / temperature + log reference]."""
+        """d pi = pi d[(q - value) / temperature + log reference], the reference being divided by its sum."""
         reference = self._reference(q)
-        log_reference = jnp.log(jnp.where(reference > 0, reference, 1))
+        log_reference = jnp.log(jnp.where(reference > 0, reference, 1)) - jnp.log(sum_last(reference))[..., None]
         advantage = jnp.where(_is_available(q), q - value[..., None], 0)
         exponent = advantage / jnp.asarray(self.temperature, q.dtype) + log_reference
         return stop_gradient(policy) * jnp.exp(exponent - stop_gradient(exponent))

@@ -200,6 +200,90 @@ def test_errors_see_sums_over_the_states_that_cancel():
         assert np.median(np.asarray(found.error) / size) < 1e-5
 
 
+class FromReference(bj.Problem):
+    """weights' V; x are logits of the reference, [A] for all states."""
+
+    transition: bj.DenseTransition
+    reward: jax.Array
+    weights: jax.Array
+
+    def mdp(self, x):
+        return bj.MDP(self.transition, self.reward, jnp.asarray(0.5, x.dtype))
+
+    def regularizer(self, x):
+        return bj.KLDivergence(jnp.asarray(300.0, x.dtype), jax.nn.softmax(x))
+
+    def objective(self, x, solution):
+        del x
+        return self.weights @ solution.value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(60, 8), (8, 60)])
+def test_errors_of_derivatives_in_a_reference(shape):
+    """At a high temperature, with weights that cancel: the gradient keeps its digits, and `error` says so."""
+    count, rng = 200, np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(shape[0]), shape).astype(np.float32)
+    reward = rng.normal(size=shape).astype(np.float32)
+    weights = rng.normal(size=(count, shape[0])).astype(np.float32)
+    weights -= weights.mean(-1, keepdims=True)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None, None))
+    def made(weights, reward, x):
+        problem = FromReference(bj.DenseTransition(jnp.asarray(p, x.dtype)), reward.astype(x.dtype), weights)
+        return bj.hypergradient(problem, x)
+
+    x = jnp.asarray(rng.normal(size=shape[1]), jnp.float32)
+    for scale in (np.float32(1e-6), np.float32(1)):
+        found = made(weights, scale * reward, x)
+        right = made(weights.astype(np.float64), scale * reward, x.astype(jnp.float64))
+        off = np.linalg.norm(np.asarray(found.gradient, np.float64) - np.asarray(right.gradient), axis=-1)
+        assert (off <= np.asarray(found.error)).all()
+        assert np.median(np.asarray(found.error) / np.linalg.norm(right.gradient, axis=-1)) < 1e-5
+
+
+class SharedReference(bj.Problem):
+    """Many MDPs of which only the rewards and weights differ; x are logits of the reference of all of them, [S, A]."""
+
+    weights: jax.Array
+    reward: jax.Array
+
+    def mdp(self, x):
+        states, actions = self.reward.shape[1:]
+        uniform = jnp.full((states, actions, states), 1 / states, x.dtype)
+        return bj.MDP(bj.DenseTransition(uniform), self.reward, jnp.asarray(0.5, x.dtype))
+
+    def regularizer(self, x):
+        return bj.KLDivergence(jnp.asarray(0.5, x.dtype), jax.nn.softmax(x))
+
+    def objective(self, x, solution):
+        del x
+        return jnp.sum(self.weights * solution.value)
+
+
+@pytest.mark.slow
+def test_errors_see_sums_over_a_batch_that_cancel():
+    states, actions, batch, count = 6, 10, 8, 100
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(count, batch, states))
+    weights[:, batch // 2 :] = -weights[:, : batch // 2]
+    reward = np.tile(rng.normal(size=(batch // 2, states, actions)), (2, 1, 1))
+    reward[0] += 1e-5
+    weights, reward = weights.astype(np.float32), reward.astype(np.float32)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def made(weights, x):
+        return bj.hypergradient(SharedReference(weights, jnp.asarray(reward, x.dtype)), x)
+
+    x = jnp.asarray(rng.normal(size=(states, actions)), jnp.float32)
+    found, right = made(weights, x), made(weights.astype(np.float64), x.astype(jnp.float64))
+    off = np.asarray(found.gradient, np.float64) - np.asarray(right.gradient)
+    assert (np.linalg.norm(off.reshape(count, -1), axis=-1) <= np.asarray(found.error)).all()
+    assert (np.asarray(found.error) < 1e-5 * np.abs(weights).sum((1, 2))).all()
+
+
 @pytest.mark.slow
 def test_without_error():
     made = bj.hypergradient(upper_problem("kl"), upper_start(), with_error=False)

@@ -85,13 +85,35 @@ def test_derivative_in_the_temperature(kind):
 
 @pytest.mark.parametrize("spread", [0.1, 10.0])
 def test_derivative_in_the_reference(spread):
-    # d temperature log sum ref exp(q / temperature) = temperature pi / ref, at small and large spreads of q.
+    # Of temperature log (sum ref exp(q / temperature) / sum ref), at small and large spreads of q.
     regularizer, q = bj.KLDivergence(0.7, REFERENCE[3]), jnp.asarray(random_q(1, spread))[:1]
     pi = np.asarray(regularizer.policy(q))[0]
     grad = np.asarray(jax.grad(lambda r: r.conjugate(q)[0])(regularizer).reference)
-    want = 0.7 * pi / REFERENCE[3]
-    np.testing.assert_allclose(grad - grad.mean(), want - want.mean(), rtol=1e-12)  # within the simplex
-    np.testing.assert_allclose(grad, want, rtol=1e-12)
+    np.testing.assert_allclose(grad, 0.7 * (pi / REFERENCE[3] - 1), rtol=1e-12, atol=1e-14)
+
+
+def test_derivatives_in_the_reference_keep_their_digits_at_high_temperatures():
+    """A constant of the temperature's size in them, which makes no difference on the simplex, would cost the digits."""
+    rng = np.random.default_rng(0)
+    x, q = rng.normal(size=(5, 4)).astype(np.float32), rng.normal(size=(5, 4)).astype(np.float32)
+
+    def at(dtype, part):
+        def value(x):
+            regularizer = bj.KLDivergence(jnp.asarray(3e5, dtype), jax.nn.softmax(x))
+            return part(regularizer, jnp.asarray(q, dtype))
+
+        return np.asarray(jax.grad(value)(jnp.asarray(x, dtype)), np.float64)
+
+    fixed = rng.dirichlet(np.ones(4), 5)
+    for part in (
+        lambda regularizer, q: regularizer.conjugate(q).sum(),
+        lambda regularizer, q: regularizer.penalty_at(q).sum(),
+        lambda regularizer, q: (
+            regularizer.linearized_policy(fixed.astype(q.dtype), q, regularizer.conjugate(q)) * q
+        ).sum(),
+    ):
+        want = at(jnp.float64, part)
+        np.testing.assert_allclose(at(jnp.float32, part), want, rtol=0, atol=2e-6)  # made of terms of the size of q
 
 
 def reference_numbers(kind, q, temperature):

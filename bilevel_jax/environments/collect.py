@@ -14,7 +14,13 @@ from bilevel_jax.environments.vector import Processes
 
 
 def collect(
-    key: PRNGKeyArray, processes: Processes, policy: Any, steps: int, *, with_states: bool = False
+    key: PRNGKeyArray,
+    processes: Processes,
+    policy: Any,
+    steps: int,
+    *,
+    with_states: bool = False,
+    with_distributions: bool = False,
 ) -> tuple[Processes, Trajectory]:
     """Run `steps` steps of B processes under one policy; return the processes after them, and the trajectory [B, H =
     steps].
@@ -29,6 +35,7 @@ def collect(
       steps: H (static).
       with_states: record the states, too (static); `trajectory.state` is None otherwise. Rollouts can start from them,
         but they may take much memory.
+      with_distributions: record the policy's distributions, too (static); `trajectory.distribution` is None otherwise.
 
     Raises:
       InputError: steps is not an integer of at least 1; the policy's actions are not those of the environment.
@@ -63,6 +70,7 @@ def collect(
             terminated=made.terminated,
             truncated=made.truncated,
             valid=jnp.ones_like(made.terminated),
+            distribution=distributions if with_distributions else None,
         )
         return there.states, record
 

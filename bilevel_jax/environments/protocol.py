@@ -36,7 +36,8 @@ class Trajectory(NamedTuple):
     `state` and `observation` are those before the step; the state is None where it was not recorded. `action` is int32,
     or of the shape and dtype of the `Box`. `probability` is that of the action under the policy that chose it, or its
     density where actions are continuous. `next_observation` is the one before any reset. `valid` is False on the steps
-    after the end of a process that is not reset; the other fields mean nothing there.
+    after the end of a process that is not reset; the other fields mean nothing there. `distribution` is the policy's,
+    from which the action was drawn; None where it was not recorded.
     """
 
     state: Any | None
@@ -48,6 +49,7 @@ class Trajectory(NamedTuple):
     terminated: Bool[Array, "*steps"]
     truncated: Bool[Array, "*steps"]
     valid: Bool[Array, "*steps"]
+    distribution: Any | None = None
 
 
 class Environment(eqx.Module):

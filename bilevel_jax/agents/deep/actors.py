@@ -1,5 +1,6 @@
 """Policies whose numbers are a network's own outputs, and what they do before they have learned anything."""
 
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -52,8 +53,9 @@ class Exploring(Policy):
     epsilon: Float[Array, ""]
 
     def distribution(self, observation):
-        chances = finite(self.policy.distribution(observation)).probabilities
-        return Categorical(mixed(at_states(self.policy.regularizer, observation), chances, self.epsilon))
+        own = finite(self.policy.distribution(observation))
+        chances = mixed(at_states(self.policy.regularizer, observation), own.probabilities, self.epsilon)
+        return dataclasses.replace(own, probabilities=chances, log_probabilities=None)
 
 
 class UniformFirst(Policy):

@@ -10,6 +10,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, PRNGKeyArray
 
+from bilevel_jax.core.batching import merge_axes
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.promotion import usual_promotion
 from bilevel_jax.core.schedules import as_schedule
@@ -48,6 +49,35 @@ def returns_with_traces(
 
     by_time = tuple(leaf.T for leaf in (rewards, seen.terminated, goes_on, following, taken, trace))
     return lax.scan(back, jnp.zeros_like(rewards[:, 0]), by_time, reverse=True)[1].T
+
+
+def values_ahead(values: Callable[[Any], Float[Array, "N A"]], seen: Trajectory) -> Float[Array, "B H A"]:
+    """Return Q at `next_observation` of trajectories of `collect`, [B, H, A]; any numbers after terminated steps.
+
+    If the trajectories have their distributions, with `values` of the same network, most are those of the step that
+    follows. What is left are the last steps and those after which a process was cut off; they go through the network in
+    chunks.
+
+    Args:
+      values: Q at observations [N], [N, A].
+    """
+    if seen.distribution is None:
+        return values(merge_axes(seen.next_observation)).reshape(*seen.reward.shape, -1)
+    processes, steps = seen.reward.shape
+    chunk = processes + processes // 4 + 1
+    last = jnp.arange(steps) == steps - 1
+    missing = merge_axes((seen.truncated | last[None]) & ~seen.terminated)
+    observations = merge_axes(seen.next_observation)
+
+    def some_more(carry: Any) -> Any:
+        q, missing = carry
+        (places,) = jnp.nonzero(missing, size=chunk, fill_value=missing.size)
+        some = values(jax.tree.map(lambda leaf: leaf.at[places].get(mode="clip"), observations))
+        return q.at[places].set(some, mode="drop"), missing.at[places].set(False, mode="drop")
+
+    start = merge_axes(jnp.roll(seen.distribution.values, -1, 1)), missing
+    q, _ = lax.while_loop(lambda carry: jnp.any(carry[1]), some_more, start)
+    return q.reshape(processes, steps, -1)
 
 
 class Episodes(eqx.Module):

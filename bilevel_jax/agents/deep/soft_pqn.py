@@ -17,6 +17,7 @@ from bilevel_jax.agents.deep.learning import (
     minibatch_steps,
     require_divisible,
     returns_with_traces,
+    values_ahead,
 )
 from bilevel_jax.agents.processes import as_limit, as_unit, at_states, simulator, take
 from bilevel_jax.agents.protocol import Agent
@@ -145,7 +146,8 @@ class SoftPQN(Agent):
     def _update(self, key: PRNGKeyArray, state: SoftPQNState, problem: Any, x: Any) -> SoftPQNState:
         for_steps, for_order = jax.random.split(key)
         processes = Processes(simulator(problem, self.restart_every), state.processes)
-        processes, seen = collect(for_steps, processes, self.acting(state, problem, x), self.steps)
+        policy = self.acting(state, problem, x)
+        processes, seen = collect(for_steps, processes, policy, self.steps, with_distributions=True)
         learned = self.learn(for_order, state, problem, x, seen, all_valid=True)
         return dataclasses.replace(learned, processes=processes.states)
 
@@ -158,11 +160,12 @@ class SoftPQN(Agent):
     ) -> SoftPQNState:
         """Return the state after an update by given steps [B, H] under `acting`; `processes` stay as they are.
 
-        Steps that are not `valid` have no weight; `all_valid` says that there are none (static).
+        Steps that are not `valid` have no weight; `all_valid` says that there are none (static). If the steps have
+        their distributions, Q is not computed again where acting has computed it.
         """
         regularizer = problem.regularizer(x)
         rewards = problem.earned(x, seen)
-        q = self._values(state.params, merge_axes(seen.next_observation))
+        q = merge_axes(values_ahead(lambda observations: self._values(state.params, observations), seen))
         rewards = rewards.astype(q.dtype)
         local = at_states(regularizer, merge_axes(seen.next_observation))
         following = local.conjugate(q).reshape(rewards.shape)
@@ -242,4 +245,11 @@ class ValuePolicy(Policy):
         return self.network.apply(self.params, observation)
 
     def distribution(self, observation):
-        return Categorical(at_states(self.regularizer, observation).policy(self.q(observation)))
+        q = self.q(observation)
+        return CategoricalOfValues(at_states(self.regularizer, observation).policy(q), values=q)
+
+
+class CategoricalOfValues(Categorical):
+    """Probabilities that come from the action `values` [A], which it keeps."""
+
+    values: Float[Array, "*batch A"] | None = None

@@ -7,9 +7,9 @@ import pytest
 
 import bilevel_jax as bj
 from bilevel_jax.agents import LinearDecay, SoftPQN, policy_gap
-from bilevel_jax.agents.deep.learning import Episodes, Optimizer, minibatch_steps, returns_with_traces
+from bilevel_jax.agents.deep.learning import Episodes, Optimizer, minibatch_steps, returns_with_traces, values_ahead
 from bilevel_jax.agents.processes import simulator
-from bilevel_jax.environments import Trajectory
+from bilevel_jax.environments import Processes, Trajectory, collect
 
 KEY = jax.random.key(0)
 TABLE = bj.networks.OneHot(8)
@@ -118,6 +118,34 @@ def test_targets_against_a_loop():
                 beyond += trace[b, t] * (ahead - taken[b, t])
             ahead = rewards[b, t] + (0 if terminated[b, t] else discount * beyond)
             np.testing.assert_allclose(got[b, t], ahead, rtol=1e-12)
+
+
+@pytest.mark.parametrize("horizon", [3, 40])
+def test_values_of_acting_are_those_of_the_next_observations(horizon):
+    """With horizon 3, a third of the steps is cut off: more than one chunk of them goes through the network."""
+    environment = bj.environments.classic.CartPole()
+    problem, x = bj.problems.Task(environment, temperature=0.1, horizon=horizon), jnp.zeros(())
+    agent = SoftPQN(bj.networks.MLP(width=8), processes=8, steps=16, epsilon=0.2)
+
+    def both(key):
+        state = agent.init(key, problem, x)
+        processes = Processes(simulator(problem, None), state.processes)
+        seen = collect(key, processes, agent.acting(state, problem, x), 16, with_distributions=True)[1]
+
+        def values(observations):
+            return agent._values(state.params, observations)
+
+        bare = seen._replace(distribution=None)
+        learned = [agent.learn(key, state, problem, x, own, all_valid=True).params for own in (seen, bare)]
+        return values_ahead(values, seen), values_ahead(values, bare), seen, learned
+
+    ahead, again, seen, learned = jax.jit(jax.vmap(both))(jax.random.split(KEY, 3))
+    used = ~np.asarray(seen.terminated)
+    assert np.asarray(seen.truncated).any()
+    assert used.all() == (horizon == 3)
+    np.testing.assert_allclose(np.asarray(ahead)[used], np.asarray(again)[used], rtol=1e-10, atol=1e-12)
+    for one, other in zip(*map(jax.tree.leaves, learned), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-10)
 
 
 def test_returns_of_episodes_against_a_loop():

@@ -28,7 +28,7 @@ ABOVE = {
     "networks": ("environments",),
     "solvers": ("linear",),
     "criteria": ("solvers",),
-    "preferences": ("environments",),
+    "preferences": ("environments", "replay"),
     "bilevel": ("solvers", "environments"),
     "hypergradient": ("bilevel",),
     # Problems describe MDPs and simulators, evaluate policies and solve for those of experts; they know no gradients.

@@ -31,8 +31,9 @@ PROTOCOLS = {
 }
 # ... and results, of which the functions that return them are the examples.
 RESULTS = {
-    *("Attempt", "AverageRewardSolution", "AverageRewardStats", "Comparison", "Costs", "Estimate", "Evaluation"),
-    *("FiniteHorizonSolution", "GradientCheck", "Hypergradient", "Info", "LinearStats", "ProblemSpec", "Report"),
+    *("Attempt", "AverageRewardSolution", "AverageRewardStats", "Comparison", "Costs", "Cut", "Estimate", "Evaluation"),
+    *("FiniteHorizonSolution", "GradientCheck", "Hypergradient", "Info", "LinearStats"),
+    *("ProblemSpec", "Report"),
     *("Solution", "SolveStats", "State", "StocSchedule", "TimeStep", "Training", "Trajectory", "Weights"),
 }
 

@@ -14,18 +14,21 @@ from bilevel_jax.preferences.dataset import (
 )
 from bilevel_jax.preferences.reward_models import fit_linear_reward, misordered_fraction, segment_features
 from bilevel_jax.preferences.segments import Cut, Segments, cut_segments, relabelled
-from bilevel_jax.preferences.teacher import Teacher
+from bilevel_jax.preferences.teachers import Judgement, ScriptedTeacher, Teacher, labelled
 
 __all__ = [
     "Cut",
+    "Judgement",
     "PreferenceBuffer",
     "Preferences",
+    "ScriptedTeacher",
     "Segments",
     "Teacher",
     "compacted",
     "concatenate",
     "cut_segments",
     "fit_linear_reward",
+    "labelled",
     "log_likelihood",
     "minibatches",
     "misordered_fraction",

@@ -32,7 +32,7 @@ PROTOCOLS = {
 # ... and results, of which the functions that return them are the examples.
 RESULTS = {
     *("Attempt", "AverageRewardSolution", "AverageRewardStats", "Comparison", "Costs", "Cut", "Estimate", "Evaluation"),
-    *("FiniteHorizonSolution", "GradientCheck", "Hypergradient", "Info", "LinearStats"),
+    *("FiniteHorizonSolution", "GradientCheck", "Hypergradient", "Info", "Judgement", "LinearStats"),
     *("ProblemSpec", "Report"),
     *("Solution", "SolveStats", "State", "StocSchedule", "TimeStep", "Training", "Trajectory", "Weights"),
 }

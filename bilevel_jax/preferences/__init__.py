@@ -12,26 +12,45 @@ from bilevel_jax.preferences.dataset import (
     split,
     subset,
 )
+from bilevel_jax.preferences.likelihood import (
+    RationalityFit,
+    decision_scores,
+    fit_rationality,
+    gains,
+    outcome_scores,
+    pair_losses,
+    preference_loss,
+)
 from bilevel_jax.preferences.reward_models import fit_linear_reward, misordered_fraction, segment_features
 from bilevel_jax.preferences.segments import Cut, Segments, cut_segments, relabelled
 from bilevel_jax.preferences.teachers import Judgement, ScriptedTeacher, Teacher, labelled
+from bilevel_jax.preferences.verdict import Verdict, judged_by
 
 __all__ = [
     "Cut",
     "Judgement",
     "PreferenceBuffer",
     "Preferences",
+    "RationalityFit",
     "ScriptedTeacher",
     "Segments",
     "Teacher",
+    "Verdict",
     "compacted",
     "concatenate",
     "cut_segments",
+    "decision_scores",
     "fit_linear_reward",
+    "fit_rationality",
+    "gains",
+    "judged_by",
     "labelled",
     "log_likelihood",
     "minibatches",
     "misordered_fraction",
+    "outcome_scores",
+    "pair_losses",
+    "preference_loss",
     "preference_probability",
     "relabelled",
     "segment_features",

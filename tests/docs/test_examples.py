@@ -33,8 +33,8 @@ PROTOCOLS = {
 RESULTS = {
     *("Attempt", "AverageRewardSolution", "AverageRewardStats", "Comparison", "Costs", "Cut", "Estimate", "Evaluation"),
     *("FiniteHorizonSolution", "GradientCheck", "Hypergradient", "Info", "Judgement", "LinearStats"),
-    *("ProblemSpec", "Report"),
-    *("Solution", "SolveStats", "State", "StocSchedule", "TimeStep", "Training", "Trajectory", "Weights"),
+    *("ProblemSpec", "RationalityFit", "Report"),
+    *("Solution", "SolveStats", "State", "StocSchedule", "TimeStep", "Training", "Trajectory", "Verdict", "Weights"),
 }
 
 

@@ -21,6 +21,7 @@ from bilevel_jax.preferences.likelihood import (
     pair_losses,
     preference_loss,
 )
+from bilevel_jax.preferences.queries import disagreement, label_counts, near_on_policy_pairs, select, uniform_pairs
 from bilevel_jax.preferences.reward_models import fit_linear_reward, misordered_fraction, segment_features
 from bilevel_jax.preferences.segments import Cut, Segments, cut_segments, relabelled
 from bilevel_jax.preferences.teachers import Judgement, ScriptedTeacher, Teacher, labelled
@@ -40,14 +41,17 @@ __all__ = [
     "concatenate",
     "cut_segments",
     "decision_scores",
+    "disagreement",
     "fit_linear_reward",
     "fit_rationality",
     "gains",
     "judged_by",
+    "label_counts",
     "labelled",
     "log_likelihood",
     "minibatches",
     "misordered_fraction",
+    "near_on_policy_pairs",
     "outcome_scores",
     "pair_losses",
     "preference_loss",
@@ -55,6 +59,8 @@ __all__ = [
     "relabelled",
     "segment_features",
     "segment_return",
+    "select",
     "split",
     "subset",
+    "uniform_pairs",
 ]

@@ -12,6 +12,7 @@ from bilevel_jax.preferences.dataset import (
     split,
     subset,
 )
+from bilevel_jax.preferences.file import PreferenceFile, Reading
 from bilevel_jax.preferences.likelihood import (
     RationalityFit,
     decision_scores,
@@ -21,6 +22,7 @@ from bilevel_jax.preferences.likelihood import (
     pair_losses,
     preference_loss,
 )
+from bilevel_jax.preferences.lines import Header, RefusedLine
 from bilevel_jax.preferences.queries import disagreement, label_counts, near_on_policy_pairs, select, uniform_pairs
 from bilevel_jax.preferences.reward_models import fit_linear_reward, misordered_fraction, segment_features
 from bilevel_jax.preferences.segments import Cut, Segments, cut_segments, relabelled
@@ -29,10 +31,14 @@ from bilevel_jax.preferences.verdict import Verdict, judged_by
 
 __all__ = [
     "Cut",
+    "Header",
     "Judgement",
     "PreferenceBuffer",
+    "PreferenceFile",
     "Preferences",
     "RationalityFit",
+    "Reading",
+    "RefusedLine",
     "ScriptedTeacher",
     "Segments",
     "Teacher",

@@ -32,8 +32,8 @@ PROTOCOLS = {
 # ... and results, of which the functions that return them are the examples.
 RESULTS = {
     *("Attempt", "AverageRewardSolution", "AverageRewardStats", "Comparison", "Costs", "Cut", "Estimate", "Evaluation"),
-    *("FiniteHorizonSolution", "GradientCheck", "Hypergradient", "Info", "Judgement", "LinearStats"),
-    *("ProblemSpec", "RationalityFit", "Report"),
+    *("FiniteHorizonSolution", "GradientCheck", "Header", "Hypergradient", "Info", "Judgement", "LinearStats"),
+    *("ProblemSpec", "RationalityFit", "Reading", "RefusedLine", "Report"),
     *("Solution", "SolveStats", "State", "StocSchedule", "TimeStep", "Training", "Trajectory", "Verdict", "Weights"),
 }
 

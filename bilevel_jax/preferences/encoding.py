@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import itertools
 import math
 from typing import Any
 
@@ -59,10 +60,8 @@ def decode(name: str, value: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np
     if isinstance(value, dict):
         array = _decoded(name, value, dtype, shape)
     else:
-        flat: list[Any] = []
-        _flatten(name, value, shape, flat, "")
-        for entry in flat:
-            _require_entry(name, entry, dtype)
+        flat = _flattened(name, value, shape)
+        _require_entries(name, flat, dtype)
         with np.errstate(over="ignore"):
             array = np.asarray(flat, dtype).reshape(shape)
     if dtype.kind == "f" and not np.isfinite(array).all():
@@ -86,29 +85,30 @@ def _decoded(name: str, value: dict[str, Any], dtype: np.dtype, shape: tuple[int
     return np.frombuffer(data, dtype.newbyteorder("<")).astype(dtype).reshape(shape)
 
 
-def _flatten(name: str, value: Any, shape: tuple[int, ...], into: list[Any], where: str) -> None:
-    if not shape:
-        into.append(value)
-        return
-    if not isinstance(value, list) or len(value) != shape[0]:
-        got = f"{len(value)}" if isinstance(value, list) else type(value).__name__
-        raise RefusedError(f"{name}{where}: expected a list of {shape[0]}, got {got}")
-    for place, entry in enumerate(value):
-        _flatten(name, entry, shape[1:], into, f"{where}[{place}]")
+def _flattened(name: str, value: Any, shape: tuple[int, ...]) -> list[Any]:
+    """The entries of nested lists, which must be of this shape."""
+    level = [value]
+    for depth, size in enumerate(shape):
+        for place, part in enumerate(level):
+            if type(part) is not list or len(part) != size:
+                where = "".join(f"[{index}]" for index in np.unravel_index(place, shape[:depth])) if depth else ""
+                got = len(part) if isinstance(part, list) else type(part).__name__
+                raise RefusedError(f"{name}{where}: expected a list of {size}, got {got}")
+        level = list(itertools.chain.from_iterable(level))
+    return level
 
 
-def _require_entry(name: str, entry: Any, dtype: np.dtype) -> None:
-    if dtype.kind == "b":
-        good = isinstance(entry, bool)
-    elif isinstance(entry, bool):
-        good = False
-    elif dtype.kind == "f":
-        # A whole number may be beyond float64, and then has no float.
-        good = isinstance(entry, float) or (isinstance(entry, int) and abs(entry) <= 2**1023)
-    else:
-        good = isinstance(entry, int) and np.iinfo(dtype).min <= entry <= np.iinfo(dtype).max
-    if not good:
-        raise RefusedError(f"{name}: expected numbers of {dtype}, got {short(entry)}")
+def _require_entries(name: str, flat: list[Any], dtype: np.dtype) -> None:
+    # JSON's numbers are of these classes themselves, which a set of types tells at once.
+    allowed = {"b": {bool}, "f": {float, int}}.get(dtype.kind, {int})
+    # A whole number may be beyond float64, and then has no float.
+    least, most = (-(2**1023), 2**1023) if dtype.kind in "bf" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    if set(map(type, flat)) <= allowed:
+        whole = flat if dtype.kind in "iu" else [entry for entry in flat if type(entry) is int]
+        if not whole or (least <= min(whole) and max(whole) <= most):
+            return
+    wrong = next(entry for entry in flat if type(entry) not in allowed or not least <= entry <= most)
+    raise RefusedError(f"{name}: expected numbers of {dtype}, got {short(wrong)}")
 
 
 def encode_tree(name: str, tree: Any) -> Any:

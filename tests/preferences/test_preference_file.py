@@ -295,6 +295,14 @@ WRONG = {
     "NaN": (json.dumps({**LABEL, "value": float("nan")}), "NaN is no number"),
     "infinite": (json.dumps({**SEGMENT, "reward": [0, 0, float("inf")]}), "Infinity is no number"),
     "huge": (json.dumps(SEGMENT).replace("0.5", "1e999"), "reward: NaN, or a number beyond float64"),
+    "huge and whole": (
+        {**SEGMENT, "reward": [0, 0.5, 10**400]},
+        "reward: expected numbers of float64, got a very large number",
+    ),
+    "whole, beyond float32": (
+        {**SEGMENT, "observation": [[0, 10**200]] * 3},
+        "observation: NaN, or a number beyond float32",
+    ),
     "beyond float32": ({**SEGMENT, "observation": [[0, 1e39]] * 3}, "observation: NaN, or a number beyond float32"),
     "twice": ('{"undo": 0, "undo": 1, "by": "Ada", "time": "2025-01-31"}', "the field 'undo' is there twice"),
     "missing": ({k: v for k, v in SEGMENT.items() if k != "valid"}, "segment: it has no 'valid'"),

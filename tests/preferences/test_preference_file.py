@@ -220,6 +220,7 @@ def test_threads_that_append_at_once_lose_nothing(file):
     check_all(file, 4, 8)
 
 
+@pytest.mark.slow
 def test_processes_that_append_at_once_lose_nothing(file):
     """A second process beside this one: importing the library again is what takes the time."""
     context = multiprocessing.get_context("spawn")

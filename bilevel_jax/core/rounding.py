@@ -203,16 +203,20 @@ def is_moderate(x: PerState, rhs: PerState) -> Flag:
 
 
 def of_gradient(
-    value: Float[Array, "*batch S"], temperature: Float[Array, "..."] | None, modulus: Float[Array, "*batch"]
+    value: Float[Array, "*batch S"],
+    spread: Float[Array, "*batch S"],
+    temperature: Float[Array, "..."] | None,
+    modulus: Float[Array, "*batch"],
 ) -> Scalar:
     """Return about how large an error rounding causes in a hyper-gradient, relative to the gradient's summands.
 
-    It has two parts: the error of V divided by the temperature, by which the policy moves, and the error of a linear
-    system with this modulus. It is no worst case: both parts amplify constants most, and a policy does not depend on
-    constants. The factor is measured, not derived: random gradients of nearly separate parts can exceed any factor
-    (docs/failures.md).
+    It has three parts: the error of V divided by the temperature, by which the policy moves; the error of a linear
+    system with this modulus; and that of V itself, whose `spread`, the regularizer's part, may be larger than V. It is
+    no worst case: the first two amplify constants most, and a policy does not depend on constants. The factor is
+    measured, not derived: random gradients of nearly separate parts can exceed any factor (docs/failures.md).
     """
     logits = jnp.zeros((), value.dtype)
     if temperature is not None:
         logits = jnp.max(jnp.abs(value)) / jnp.min(temperature).astype(value.dtype)
-    return 2.5 * unit_roundoff(value.dtype) * (logits + 2 / (1 - jnp.max(modulus)))
+    larger = jnp.max(spread) / jnp.maximum(jnp.max(jnp.abs(value)), full_precision(value.dtype))
+    return 2.5 * unit_roundoff(value.dtype) * (logits + (2 + larger) / (1 - jnp.max(modulus)))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from bilevel_jax.bilevel.problem import Problem
 from bilevel_jax.core import rounding
 from bilevel_jax.core.arrays import Scalar
+from bilevel_jax.core.batching import over_batch
 from bilevel_jax.core.results import Result
 from bilevel_jax.hypergradient.lagrangian import Lagrangian
 from bilevel_jax.linear import DIRECT_LIMIT, AdaptiveKrylov, default_linear_solver
@@ -62,7 +63,9 @@ def error_bound(
     scale = sum((_norm(part, value.dtype) for part in parts), start=jnp.zeros((), value.dtype))
     known = jnp.all((better.result == Result.CONVERGED) | (better.result == Result.PRECISION_LIMIT))
     temperature = regularizer.temperature if regularizer.smooth else None
-    relative = rounding.of_gradient(better.value, temperature, mdp.modulus)
+    spread = over_batch(lambda regularizer, q, value: regularizer.spread(q, value), value.ndim - 1)
+    spread = spread(regularizer, better.q, better.value)
+    relative = rounding.of_gradient(better.value, spread, temperature, mdp.modulus)
     return jnp.where(known, SAFETY * distance + scale * relative, jnp.inf)
 
 

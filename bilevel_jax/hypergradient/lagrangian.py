@@ -7,6 +7,8 @@ the V* and w* that solve them, dL/dx is the hyper-gradient. At any other V and w
 hyper-gradient.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,16 +16,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from bilevel_jax.bilevel.problem import Problem, lower_level
 from bilevel_jax.core import rounding
 from bilevel_jax.core.arrays import PerState, Scalar
 from bilevel_jax.core.batching import over_batch
+from bilevel_jax.core.derivatives import derivative_of
 from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.reductions import sum_last
 from bilevel_jax.core.validation import as_float
 from bilevel_jax.linear import LinearSolver, LinearStats, linear_solve
-from bilevel_jax.mdp.bellman import backup, discounted_operator
+from bilevel_jax.mdp.bellman import action_values, backup, discounted_operator, read_policy
 from bilevel_jax.mdp.process import MDP
 from bilevel_jax.mdp.regularizers import Regularizer
 from bilevel_jax.solvers import Solution
@@ -100,34 +105,59 @@ class Lagrangian:
     def parts(self, objective: ObjectiveAt, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Parts:
         """Return the summands of `gradient`."""
 
-        def stacked(read, backup, summed):
+        def stacked(read, backup, summed_read, summed_backup):
             least = rounding.full_precision(read.dtype)
-            sizes = jnp.abs(read) + jnp.maximum(jnp.abs(backup), summed) + least
+            sizes = jnp.maximum(jnp.abs(read), summed_read) + jnp.maximum(jnp.abs(backup), summed_backup) + least
             return jnp.stack([read, backup, _signs(read) * sizes])
 
-        each = jax.tree.map(stacked, objective.of_theta, self._of_backup(value, w), self._summed(value, w))
+        each = jax.tree.map(stacked, objective.of_theta, self._of_backup(value, w), *self._summed(value, w))
         (pulled,) = jax.vmap(self._pull)(each)  # in one pass, which reads the data of x's derivatives once
         read, of_backup, size = (jax.tree.map(lambda leaf, i=i: leaf[i], pulled) for i in range(3))
         return Parts(direct=objective.of_x, read=read, backup=of_backup, size=size)
 
-    def _summed(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
-        """Return how large the numbers are whose sum over states, or over a batch, is w' dT/dtheta.
+    def _summed(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> tuple[Any, Any]:
+        """Return how large the numbers are whose sums over states, or over a batch, are df/dtheta and w' dT/dtheta.
 
-        Those of either sign may cancel: it is the larger one of the sums with |w| and with w of arbitrary signs. It is
-        zero for leaves that are not summed: an entry per state and successor, in each problem of a batch.
+        Numbers of either sign may cancel. The sums are made again with other signs of states and pairs, the second one
+        also with |w|, and with |V| of the successors; the largest counts. It is zero for leaves that are not summed: an
+        entry per pair or more, in each problem of a batch.
         """
         lower = self.lower()
         largest, batch = value.size * lower[0].num_actions, value.ndim - 1
 
         def is_summed(leaf, own):
-            return jnp.size(leaf) <= largest or jnp.ndim(leaf) - own < batch
+            return jnp.size(leaf) < largest or jnp.ndim(leaf) - own < batch
 
         which = jax.tree.map(is_summed, lower, tuple(part.event_ndim() for part in lower))
         summed, others = eqx.partition(self._theta, which)
+
+        solution = self._read(*lower, value)
+
+        def with_signs(summed, signs):
+            of_states, of_pairs = signs
+            mdp, regularizer = self.lower(eqx.combine(summed, others))
+            q = _with_signs(over_batch(action_values)(mdp, value), of_pairs)
+            policy = _with_signs(over_batch(read_policy, batch)(regularizer, q), of_states[..., None])
+            read = dataclasses.replace(solution, q=q, policy=policy)
+            return self._problem.objective(self._x, read)
+
+        # One after the other, so that f is not vmapped.
+        patterns = _patterns(value), _patterns(solution.q)
+        each = lax.map(lambda signs: jax.grad(with_signs)(summed, signs), patterns)
+        of_read = jax.tree.map(lambda leaf: jnp.max(jnp.abs(leaf), 0), each)
         _, pull = jax.vjp(lambda summed: over_batch(backup)(*self.lower(eqx.combine(summed, others)), value), summed)
+        expected = over_batch(_collected)
+
+        def of_sizes(summed):
+            return expected(self.lower(eqx.combine(summed, others))[0], solution.policy, jnp.abs(value))
+
         (by_size,), (by_sign,) = pull(jnp.abs(w)), pull(_signs(w) * w)
-        sizes = jax.tree.map(lambda a, b: jnp.maximum(jnp.abs(a), jnp.abs(b)), by_size, by_sign)
-        return eqx.combine(sizes, jax.tree.map(jnp.zeros_like, others))
+        (by_successor,) = jax.vjp(of_sizes, summed)[1](jnp.abs(w))
+        of_backup = jax.tree.map(
+            lambda *sums: functools.reduce(jnp.maximum, map(jnp.abs, sums)), by_size, by_sign, by_successor
+        )
+        zeros = jax.tree.map(jnp.zeros_like, others)
+        return eqx.combine(of_read, zeros), eqx.combine(of_backup, zeros)
 
     def _of_backup(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
         _, pull = jax.vjp(lambda theta: over_batch(backup)(*self.lower(theta), value), self._theta)
@@ -161,6 +191,26 @@ def _signs(like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     place = lax.iota(jnp.uint32, like.size) * jnp.uint32(2654435769)
     bit = (place ^ (place >> 15)) * jnp.uint32(2246822519) >> 31
     return (1 - 2 * bit.astype(like.dtype)).reshape(like.shape)
+
+
+def _patterns(like: Float[Array, "*shape"]) -> Float[Array, "patterns ..."]:
+    """Return patterns of signs in the shape of `like`: by turns, in turns of two, and `_signs`.
+
+    Of entries that follow each other, two differ in one of the first two patterns.
+    """
+    place = lax.iota(jnp.int32, like.size).reshape(like.shape)
+    turns = [1 - 2 * ((place // length) % 2).astype(like.dtype) for length in (1, 2)]
+    return jnp.stack([*turns, _signs(like)])
+
+
+def _with_signs(x: Float[Array, "*shape"], signs: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
+    """x, with its derivative times signs."""
+    return stop_gradient(x) + signs.astype(x.dtype) * derivative_of(x, jnp.isfinite(x))
+
+
+def _collected(mdp: MDP, policy: Float[Array, "S A"], value: PerState) -> PerState:
+    """What a policy collects: sum_a pi Q[s, a] at V[S]."""
+    return sum_last(jnp.where(policy > 0, policy * action_values(mdp, value), 0))
 
 
 def _push(mdp, policy, w):

@@ -108,7 +108,8 @@ class Sizes(NamedTuple):
     `q` is sum_a pi |Q| + |T V|. `spread` is the size of the regularizer's part, times the levels of the sum over the
     actions. `lost`, a scalar, is what a backup loses below the smallest normal number. `collected` is what the policy
     collects per step, sum_a pi r - Omega(pi). `expectation` is sum_a pi |discount E V|, which is at most `expected()`.
-    `empty`, a bool, says that each reward which is collected is exactly 0, not subnormal.
+    `empty`, a bool, says that each reward which is collected is exactly 0, not subnormal, and that the regularizer's
+    part is exactly 0 if it is computed as 0: the temperature is 0, or large enough for a relative error.
     """
 
     q: PerState
@@ -130,6 +131,8 @@ class Sizes(NamedTuple):
 def sizes_of(mdp: MDP, regularizer: Regularizer, value: PerState, q: PerPair, backup: PerState) -> Sizes:
     """The sizes at V[S], given Q[S, A] and T V [S]. `expected()`, sum_a pi discount E|V| [S], costs a product."""
     policy = regularizer.policy(q)
+    temperature = jnp.asarray(regularizer.temperature, q.dtype)
+    is_kept = (temperature == 0) & ~is_any(temperature) | (temperature >= rounding.full_precision(q.dtype))
 
     def taken(numbers):
         return sum_last(jnp.where(policy > 0, policy * numbers, 0))
@@ -140,7 +143,7 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: PerState, q: PerPair, ba
         lost=rounding.of_scaling(regularizer.temperature, q.dtype),
         collected=taken(mdp.reward) - regularizer.penalty_at(q),
         expectation=taken(jnp.abs(q - mdp.reward)),
-        empty=~jnp.any((policy > 0) & is_any(mdp.reward)),
+        empty=~jnp.any((policy > 0) & is_any(mdp.reward)) & is_kept,
         expected=lambda: taken(mdp.discount * mdp.transition.expect(jnp.abs(value))),
     )
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,6 +242,65 @@ def test_errors_of_derivatives_in_a_reference(shape):
         off = np.linalg.norm(np.asarray(found.gradient, np.float64) - np.asarray(right.gradient), axis=-1)
         assert (off <= np.asarray(found.error)).all()
         assert np.median(np.asarray(found.error) / np.linalg.norm(right.gradient, axis=-1)) < 1e-5
+
+
+class TwoStates(bj.Problem):
+    """pi[0, 0] - share pi[1, 0] of two states apart, which x moves in opposite directions by way of `moves`."""
+
+    share: jax.Array
+    moves: str = eqx.field(static=True)
+
+    def mdp(self, x):
+        reward = jnp.array([[0.0, 3.1], [0.0, 4.7]], x.dtype)
+        discount = x if self.moves == "discount" else jnp.asarray(0.5, x.dtype)
+        return bj.MDP(jnp.broadcast_to(jnp.eye(2, dtype=x.dtype)[:, None], (2, 2, 2)), reward, discount)
+
+    def regularizer(self, x):
+        temperature = x if self.moves == "temperature" else jnp.asarray(1.3, x.dtype)
+        return bj.KLDivergence(temperature, x) if self.moves == "reference" else bj.ShannonEntropy(temperature)
+
+    def objective(self, x, solution):
+        del x
+        return solution.policy[0, 0] - self.share * solution.policy[1, 0]
+
+
+@pytest.mark.parametrize(
+    ("moves", "x"), [("temperature", 1.3), ("discount", 0.3), ("reference", [0.25, 0.75])], ids=lambda case: str(case)
+)
+def test_errors_see_policies_of_states_that_cancel(moves, x):
+    """The share is chosen such that nothing is left of the two states' terms, of which each is 0.1 (discount: 0)."""
+
+    def made(share, dtype):
+        return bj.check(bj.hypergradient(TwoStates(jnp.asarray(share, dtype), moves), jnp.asarray(x, dtype)))
+
+    alone = np.ravel(made(0, jnp.float64).gradient)
+    other = alone - np.ravel(made(1, jnp.float64).gradient)
+    share = np.float32(alone @ other / (other @ other))
+    found, right = made(share, jnp.float32), made(share, jnp.float64)
+    off = np.linalg.norm(np.asarray(found.gradient, np.float64) - np.asarray(right.gradient))
+    assert 1e-9 < off <= float(found.error) <= 1e-5
+
+
+def test_errors_see_expectations_that_cancel():
+    """E V of successors of either sign is small, and its error that of V, which has one sign."""
+    rng, count, states = np.random.default_rng(0), 100, 4
+    p = rng.dirichlet(np.ones(states), (states, 3)).astype(np.float32)
+    reward = (100 * rng.normal(size=(count, states, 3))).astype(np.float32)
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None))
+    def made(reward, x):
+        dtype = x.dtype
+        problem = bj.BilevelProblem(
+            lambda x: bj.MDP(bj.DenseTransition(jnp.asarray(p, dtype)), reward - reward.mean(), x),
+            lambda x: bj.KLDivergence(jnp.asarray(800.0, dtype), jnp.full(3, 1 / 3, dtype)),
+            lambda x, solution: jnp.sum(solution.value),
+        )
+        return bj.hypergradient(problem, x)
+
+    found, right = made(reward, jnp.float32(0.5)), made(reward.astype(np.float64), jnp.float64(0.5))
+    off = np.abs(np.asarray(found.gradient, np.float64) - np.asarray(right.gradient))
+    assert (off <= np.asarray(found.error)).all()
 
 
 class SharedReference(bj.Problem):

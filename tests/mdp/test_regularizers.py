@@ -92,6 +92,14 @@ def test_derivative_in_the_reference(spread):
     np.testing.assert_allclose(grad, 0.7 * (pi / REFERENCE[3] - 1), rtol=1e-12, atol=1e-14)
 
 
+def test_a_derivative_in_a_reference_of_zero_far_above():
+    """One-sided: exp(q / temperature) of an action that is not taken, up to what the dtype has."""
+    for dtype, above in ((jnp.float32, 60.0), (jnp.float32, 80.0), (jnp.float64, 600.0)):
+        regularizer = bj.KLDivergence(jnp.asarray(1.0, dtype), jnp.array([0.5, 0.5, 0.0], dtype))
+        grad = jax.grad(lambda r, q: r.conjugate(q)[0])(regularizer, jnp.array([[0.0, 0.0, above]], dtype)).reference
+        np.testing.assert_allclose(grad[2], np.exp(above), rtol=1e-4 if dtype == jnp.float32 else 1e-10)
+
+
 def test_derivatives_in_the_reference_keep_their_digits_at_high_temperatures():
     """A constant of the temperature's size in them, which makes no difference on the simplex, would cost the digits."""
     rng = np.random.default_rng(0)

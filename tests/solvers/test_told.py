@@ -201,3 +201,31 @@ def test_a_reference_that_was_normalized_in_float32(temperature):
         top = q.max(-1, keepdims=True)
         value = temperature * (top[:, 0] + np.log((meant * np.exp(q - top)).sum(-1)))
     assert abs(np.asarray(made.value, np.longdouble) - value).max() <= float(made.stats.error_bound)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("regularizer", "entropy", "times"),
+    [(bj.ShannonEntropy, np.log(2), 1.4), (bj.TsallisEntropy, 0.25, 3.9)],
+    ids=["shannon", "tsallis"],
+)
+@pytest.mark.parametrize("discount", [0.9, 0.999])
+def test_an_entropy_below_the_smallest_normal_number(regularizer, entropy, times, discount, dtype):
+    """Rewards 0, two actions: temperature * entropy is taken for 0 in each step, and is not 0."""
+    temperature = dtype(times) * np.finfo(dtype).tiny
+    mdp = bj.MDP(jnp.ones((1, 2, 1), dtype), jnp.zeros((1, 2), dtype), dtype(discount))
+    right = entropy * float(temperature) / (1 - float(dtype(discount)))
+    found = bj.solve(mdp, regularizer(jnp.asarray(temperature)))
+    assert abs(float(found.value[0]) - right) <= float(found.stats.error_bound)
+    right *= 1 - float(dtype(discount)) ** 500
+    ended = bj.solve_finite_horizon(mdp, regularizer(jnp.asarray(temperature)), 500)
+    assert abs(float(ended.value[0, 0]) - right) <= float(ended.error_bound)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nothing_at_all_is_exact(dtype):
+    """Rewards 0 and no entropy: V is 0, whatever the temperature."""
+    one = bj.MDP(jnp.ones((1, 1, 1), dtype), jnp.zeros((1, 1), dtype), dtype(0.9))
+    for regularizer in (bj.ShannonEntropy(dtype(1)), bj.KLDivergence(dtype(1e-9), np.ones(1, dtype))):
+        found = bj.check(bj.solve(one, regularizer))
+        assert float(found.value[0]) == float(found.stats.error_bound) == 0

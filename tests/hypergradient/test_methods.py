@@ -264,6 +264,7 @@ class TwoStates(bj.Problem):
         return solution.policy[0, 0] - self.share * solution.policy[1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moves", "x"), [("temperature", 1.3), ("discount", 0.3), ("reference", [0.25, 0.75])], ids=lambda case: str(case)
 )
@@ -281,6 +282,7 @@ def test_errors_see_policies_of_states_that_cancel(moves, x):
     assert 1e-9 < off <= float(found.error) <= 1e-5
 
 
+@pytest.mark.slow
 def test_errors_see_expectations_that_cancel():
     """E V of successors of either sign is small, and its error that of V, which has one sign."""
     rng, count, states = np.random.default_rng(0), 100, 4

@@ -31,10 +31,6 @@ from bilevel_jax.core.validation import as_float, require_distribution, require_
 NEAR = -0.25
 
 
-# exp of numbers up to that much below the logarithm of the largest float can be added up without an overflow.
-BELOW_OVERFLOW = 4
-
-
 # Rows of action values or of a policy, mostly [S, A], and a number per row, mostly [S].
 Rows = Float[Array, "*states A"]
 PerRow = Float[Array, "*states"]
@@ -223,8 +219,8 @@ class KLDivergence(Regularizer):
         allowed = reference > 0
         scaled = _below_best(q, argmax_last(jnp.where(allowed, q, -jnp.inf)), temperature, allowed)
         # Others may lie far above: they are not taken, but the derivative in their reference, temperature exp(scaled),
-        # has to stay finite.
-        most = math.log(float(jnp.finfo(q.dtype).max)) - BELOW_OVERFLOW - jnp.log(jnp.maximum(temperature, 1))
+        # has to stay finite, and some of them added up.
+        most = math.log(float(jnp.finfo(q.dtype).max)) - 4 - jnp.log(jnp.maximum(temperature, 1))
         return jnp.where(allowed, scaled, jnp.minimum(scaled, most)), temperature, reference
 
     def conjugate(self, q):

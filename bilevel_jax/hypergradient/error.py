@@ -34,7 +34,8 @@ def error_bound(
     solved for the correction of w, to one digit. The bound is twice the distance between `gradient` and the gradient at
     the better V and w, plus an allowance for the rounding of both. If w is None, the whole adjoint is solved for, to
     its solver's own tolerance. The bound costs a few sweeps and products, and one more evaluation of the gradient
-    formula. It is not differentiated.
+    formula; three more of f and its gradient where x moves a number that many states share, such as the discount.
+    It is not differentiated.
 
     The bound is infinite where the further solve ended with MAX_ITERATIONS or NOT_FINITE. After PRECISION_LIMIT the V
     that was reached is used.

@@ -212,9 +212,7 @@ class PreferenceFile:
                 {"pair": number, "first": row[0], "second": row[1], "source": source, "iteration": iteration}
                 for number, row in zip(ids, rows, strict=True)
             ]
-            contents = Contents(self.header)
-            contents.segments = dict.fromkeys(self._segments)  # type: ignore[assignment]
-            _try(contents, values)
+            _try(Contents(self.header, segments=self._segments), values)
             write(values)
         return ids
 
@@ -270,8 +268,7 @@ class PreferenceFile:
         _try(Contents(self.header), [{"segment": number, **value} for number, value in enumerate(values)])
 
     def _append_about(self, pair: int, value: dict[str, Any]) -> None:
-        contents = Contents(self.header)
-        contents.pairs = {pair: None}  # type: ignore[assignment]
+        contents = Contents(self.header, pairs=[pair])
         contents.labels = {pair: {value["by"]: [None]}} if isinstance(value["by"], str) else {}
         _try(contents, [value])
         with self._appending() as write:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,10 +105,15 @@ def read_header(value: dict[str, Any]) -> Header:
 
 
 class Contents:
-    """What the lines of a file say, taken one by one. `take` raises RefusedError and then has changed nothing."""
+    """What the lines of a file say, taken one by one. `take` raises RefusedError and then has changed nothing.
 
-    def __init__(self, header: Header):
+    Args:
+      segments, pairs: numbers that lines may refer to, and that no line may give again, without their contents.
+    """
+
+    def __init__(self, header: Header, segments: Iterable[int] = (), pairs: Iterable[int] = ()):
         self.header = header
+        self._numbers = {"segment": set(segments), "pair": set(pairs)}
         self.space, self.action_dtype, self.action_shape = decode_space(header.action_space)
         self.segments: dict[int, Segment] = {}
         self.pairs: dict[int, Pair] = {}
@@ -125,7 +131,7 @@ class Contents:
         header = self.header
         optional = ["next_observation"] * header.next_observation + ["reward"] * header.reward
         require_fields(value, ("segment", "observation", "action", "valid", *optional), name="segment")
-        number = _new("segment", value["segment"], self.segments)
+        number = _new("segment", value["segment"], self._numbers["segment"])
         lead = (header.length,)
         observation = decode_tree("observation", value["observation"], header.observation, lead)
         action = decode("action", value["action"], self.action_dtype, lead + self.action_shape)
@@ -137,17 +143,19 @@ class Contents:
             reward = decode("reward", value["reward"], np.dtype(np.float64), lead)
         valid = decode("valid", value["valid"], np.dtype(bool), lead)
         self.segments[number] = Segment(observation, action, following, valid, reward)
+        self._numbers["segment"].add(number)
 
     def _pair(self, value: dict[str, Any]) -> None:
         require_fields(value, ("pair", "first", "second", "source", "iteration"), name="pair")
-        number = _new("pair", value["pair"], self.pairs)
-        first, second = (_known(side, value[side], self.segments, "segment") for side in ("first", "second"))
+        number = _new("pair", value["pair"], self._numbers["pair"])
+        first, second = (_known(side, value[side], self._numbers["segment"], "segment") for side in ("first", "second"))
         source = _text("source", value["source"])
         self.pairs[number] = Pair(first, second, source, _number("iteration", value["iteration"], 0))
+        self._numbers["pair"].add(number)
 
     def _label(self, value: dict[str, Any]) -> None:
         require_fields(value, ("label", "value", "by", "time"), name="label")
-        pair = _known("label", value["label"], self.pairs, "pair")
+        pair = _known("label", value["label"], self._numbers["pair"], "pair")
         label = as_label(value["value"])
         person = _text("by", value["by"])
         _require_time(value["time"])
@@ -155,7 +163,7 @@ class Contents:
 
     def _undo(self, value: dict[str, Any]) -> None:
         require_fields(value, ("undo", "by", "time"), name="undo")
-        pair = _known("undo", value["undo"], self.pairs, "pair")
+        pair = _known("undo", value["undo"], self._numbers["pair"], "pair")
         person = _text("by", value["by"])
         _require_time(value["time"])
         labels = self.labels.get(pair, {}).get(person)
@@ -218,14 +226,14 @@ def _number(name: str, value: Any, least: int) -> int:
     return value
 
 
-def _new(name: str, value: Any, known: dict[int, Any]) -> int:
+def _new(name: str, value: Any, known: set[int]) -> int:
     number = _number(name, value, 0)
     if number in known:
         raise RefusedError(f"{name}: there is a {name} {number} already")
     return number
 
 
-def _known(name: str, value: Any, known: dict[int, Any], kind: str) -> int:
+def _known(name: str, value: Any, known: set[int], kind: str) -> int:
     number = _number(name, value, 0)
     if number not in known:
         raise RefusedError(f"{name}: there is no {kind} {number} before this line")

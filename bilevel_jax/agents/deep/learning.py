@@ -54,14 +54,15 @@ def returns_with_traces(
 def values_ahead(values: Callable[[Any], Float[Array, "N A"]], seen: Trajectory) -> Float[Array, "B H A"]:
     """Return Q at `next_observation` of trajectories of `collect`, [B, H, A]; any numbers after terminated steps.
 
-    If the trajectories have their distributions, with `values` of the same network, most are those of the step that
-    follows. What is left are the last steps and those after which a process was cut off; they go through the network in
-    chunks.
+    If the trajectories have their distributions, with `values` [B, H, A] of the same network, most are those of the
+    step that follows. What is left are the last steps and those after which a process was cut off; they go through the
+    network in chunks.
 
     Args:
       values: Q at observations [N], [N, A].
     """
-    if seen.distribution is None:
+    acting = getattr(seen.distribution, "values", None)
+    if acting is None:
         return values(merge_axes(seen.next_observation)).reshape(*seen.reward.shape, -1)
     processes, steps = seen.reward.shape
     chunk = processes + processes // 4 + 1
@@ -75,7 +76,7 @@ def values_ahead(values: Callable[[Any], Float[Array, "N A"]], seen: Trajectory)
         some = values(jax.tree.map(lambda leaf: leaf.at[places].get(mode="clip"), observations))
         return q.at[places].set(some, mode="drop"), missing.at[places].set(False, mode="drop")
 
-    start = merge_axes(jnp.roll(seen.distribution.values, -1, 1)), missing
+    start = merge_axes(jnp.roll(acting, -1, 1)), missing
     q, _ = lax.while_loop(lambda carry: jnp.any(carry[1]), some_more, start)
     return q.reshape(processes, steps, -1)
 

@@ -101,6 +101,8 @@ def outputs(kind, absent, p):
 
     if not absent:
         return total(regularizer(kind, temperature, reference), p["q"], weights)
+    if kind == "kl":  # derivatives are those of whole rows divided by their sums
+        reference = reference / jnp.sum(reference, -1, keepdims=True)
     out = jnp.zeros(())
     for s, mine in enumerate(map(np.flatnonzero, MASK[SHORT])):
         row, shift = None if reference is None else reference[s, mine], 0.0

@@ -162,6 +162,20 @@ class OfPair(ActionFunction):
         return jax.vmap(self.function, (None, 0))(observation, jnp.arange(self.num_actions, dtype=jnp.int32))
 
 
+class Zero(ActionFunction):
+    """0 for all of A actions; `num_actions=None`: they are no finite set."""
+
+    num_actions: int | None = eqx.field(static=True)
+
+    def __call__(self, observation, action):
+        del observation, action
+        return jnp.zeros(())
+
+    def all(self, observation):
+        del observation
+        return jnp.zeros(self.num_actions or 0)
+
+
 def tabulate(function: ActionFunction, num_states: int) -> Table:
     """Any function of a state index and an action as a `Table`."""
     if isinstance(function, Table):

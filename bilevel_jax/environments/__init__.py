@@ -20,12 +20,13 @@ from bilevel_jax.environments.spaces import Box, Discrete, as_space
 from bilevel_jax.environments.tabular import TabularEnvironment, flatten_contexts
 from bilevel_jax.environments.vector import Processes, start_processes, with_restarts
 from bilevel_jax.environments.visits import Visits
-from bilevel_jax.environments.wrappers import AutoReset, TimeLimit
+from bilevel_jax.environments.wrappers import AutoReset, Continuing, Rewarded, TimeLimit
 
 __all__ = [
     "AutoReset",
     "Box",
     "Categorical",
+    "Continuing",
     "Discrete",
     "Distribution",
     "Environment",
@@ -37,6 +38,7 @@ __all__ = [
     "Policy",
     "PolicyFunction",
     "Processes",
+    "Rewarded",
     "TabularEnvironment",
     "TabularPolicy",
     "TimeLimit",

@@ -1,5 +1,8 @@
-"""Environments that wrap others: one that goes on after the end, and one that stops after some steps."""
+"""Environments that wrap others: two that go on after the end, one that stops after some steps, one that earns
+differently.
+"""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Int32, Integer
 
 from bilevel_jax.core.errors import InputError
-from bilevel_jax.core.validation import require_setting
+from bilevel_jax.core.functions import as_pytree
+from bilevel_jax.core.validation import as_float, require_setting
 from bilevel_jax.environments.protocol import Environment, TimeStep
 
 
@@ -103,3 +107,113 @@ class TimeLimit(Environment):
             terminated=made.terminated,
             truncated=made.truncated | late,
         )
+
+
+class Continuing(Environment):
+    """A process that never ends: the end is a state like others, and any action in it leads to a new start.
+
+    The lengths of episodes then tell nothing of a reward, and a constant that is added to every reward changes no
+    policy. The step out of an end earns 0 from this environment; put `Rewarded` around it to give each state its own.
+
+    The state is (state of the inner environment, whether it has ended).
+
+    Raises:
+      InputError: the environment resets by itself: its ends are never seen.
+
+    Example:
+      >>> environment = bj.environments.Continuing(bj.environments.classic.CartPole())
+      >>> fallen = (jnp.array([0.0, 0.0, 1.0, 0.0]), jnp.asarray(True))
+      >>> state, step = environment.step(jax.random.key(0), fallen, jnp.asarray(1))
+      >>> bool(jnp.abs(state[0][2]) < 0.1), bool(step.terminated)
+      (True, False)
+    """
+
+    environment: Environment
+
+    def __check_init__(self):
+        if self.environment.resets:
+            raise InputError("environment: it resets by itself; wrap the one inside, Continuing(environment)")
+
+    @property
+    def action_space(self):
+        return self.environment.action_space
+
+    @property
+    def available(self) -> Bool[Array, "S A"] | None:
+        return self.environment.available
+
+    def reset(self, key):
+        return self.environment.reset(key), jnp.zeros((), bool)
+
+    def observe(self, state):
+        return self.environment.observe(state[0])
+
+    def step(self, key, state, action):
+        inner, ended = state
+        for_step, for_reset = jax.random.split(key)
+        following, made = self.environment.step(for_step, inner, action)
+        fresh = self.environment.reset(for_reset)
+
+        def either(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda one, other: jax.lax.select_n(ended, other, one), new, old)
+
+        ends = (made.terminated | made.truncated) & ~ended
+        step = TimeStep(
+            observation=either(self.environment.observe(fresh), made.observation),
+            reward=jnp.where(ended, 0, made.reward),
+            terminated=jnp.zeros_like(ends),
+            truncated=jnp.zeros_like(ends),
+        )
+        return (either(fresh, following), ends), step
+
+
+class Rewarded(Environment):
+    """An environment that emits another reward, a function of the step.
+
+    Args:
+      environment: the dynamics.
+      function: (observation, action, next observation) -> reward, a number. A function that is a pytree keeps its
+        leaves, another one is static.
+
+    Raises:
+      InputError: it is no function, or (in `step`) gives anything but a number.
+
+    Example:
+      >>> def upright(observation, action, next_observation):
+      ...     return jnp.cos(next_observation[2])
+      >>> environment = bj.environments.Rewarded(bj.environments.classic.CartPole(), upright)
+      >>> state, step = environment.step(jax.random.key(0), jnp.zeros(4), jnp.asarray(1))
+      >>> float(step.reward)
+      1.0
+    """
+
+    environment: Environment
+    function: Callable
+
+    def __init__(self, environment: Environment, function: Callable):
+        self.environment = environment
+        self.function = as_pytree("function", function)
+
+    @property
+    def action_space(self):
+        return self.environment.action_space
+
+    @property
+    def available(self) -> Bool[Array, "S A"] | None:
+        return self.environment.available
+
+    @property
+    def resets(self):
+        return self.environment.resets
+
+    def reset(self, key):
+        return self.environment.reset(key)
+
+    def observe(self, state):
+        return self.environment.observe(state)
+
+    def step(self, key, state, action):
+        before = self.environment.observe(state)
+        following, made = self.environment.step(key, state, action)
+        reward = as_float("function", self.function(before, action, made.observation), None, ())
+        return following, made._replace(reward=reward)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bilevel_jax.bilevel import SampledProblem
-from bilevel_jax.core.functions import ActionFunction
+from bilevel_jax.core.functions import Zero
 from bilevel_jax.core.options import require_choices
 from bilevel_jax.core.validation import as_float, as_size, require_fraction
 from bilevel_jax.environments import Environment, require_every_action
-from bilevel_jax.environments.spaces import Box
 from bilevel_jax.mdp.regularizers import Regularizer, ShannonEntropy
 from bilevel_jax.problems.options import MOST_STEPS, refuse_unused, require_size
 from bilevel_jax.problems.registry import register
@@ -102,8 +101,7 @@ class Task(SampledProblem):
 
     def reward(self, x):
         del x
-        space = self.environment.action_space
-        return _Nothing(None if isinstance(space, Box) else space.n)
+        return Zero(getattr(self.environment.action_space, "n", None))  # a Box has none
 
     def environment_reward_weight(self):
         return self.scale
@@ -115,20 +113,6 @@ class Task(SampledProblem):
     def loss(self, key, x, trajectories):
         del key, x
         return -jnp.where(trajectories.valid, trajectories.reward, 0)[0]
-
-
-class _Nothing(ActionFunction):
-    """A reward of zero."""
-
-    num_actions: int | None = eqx.field(static=True)
-
-    def __call__(self, observation, action):
-        del observation, action
-        return jnp.zeros(())
-
-    def all(self, observation):
-        del observation
-        return jnp.zeros(self.num_actions or 0)
 
 
 def _build(options: TaskOptions) -> Task:

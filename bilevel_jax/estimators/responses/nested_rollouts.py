@@ -1,14 +1,18 @@
 """dQ* - dV* by rollouts from each visited pair."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from bilevel_jax.bilevel.sampled_problem import SampledProblem
 from bilevel_jax.core.batching import merge_axes
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.sizes import size
-from bilevel_jax.environments import Trajectory, rollout_from, trajectory_keys
+from bilevel_jax.environments import Box, Environment, Policy, Trajectory, rollout_from, trajectory_keys
+from bilevel_jax.environments.policies import as_policy, finite
 from bilevel_jax.estimators.responses.protocol import Response
 from bilevel_jax.estimators.responses.sums import sampled_returns
 
@@ -24,11 +28,14 @@ class NestedRollouts(Response):
       length: steps of each rollout (static).
       copies: pairs of rollouts from each visited pair (static).
       coupled: False draws the two with independent numbers.
+      every_action: rollouts from every action of a visited state, weighted by the policy's probabilities, in place of
+        one that draws it (static): A rollouts per visit, and less noise. For finitely many actions.
       visits: the number of steps of each trajectory from which rollouts start. They are drawn with replacement in
         proportion to |credit| and weighted so that the estimate stays unbiased (static). None takes all steps.
 
     Raises:
-      InputError: sizes below 1; in `surrogate`, trajectories without the simulator's states.
+      InputError: sizes below 1; in `surrogate`, trajectories without the simulator's states, or `every_action` where
+        actions are no finite set.
 
     Example:
       >>> problem = bj.problems.make("garnet", horizon=20)
@@ -44,6 +51,7 @@ class NestedRollouts(Response):
     copies: int = eqx.field(default=1, static=True, converter=size("copies"))
     coupled: bool = eqx.field(default=True, static=True)
     visits: int | None = eqx.field(default=None, static=True, converter=size("visits", optional=True))
+    every_action: bool = eqx.field(default=False, static=True)
 
     def surrogate(self, key, state, problem, x, policy, trajectories, credit) -> Float[Array, ""]:
         del state
@@ -55,6 +63,8 @@ class NestedRollouts(Response):
             origin = jax.tree.map(lambda leaf: jax.vmap(lambda row, at: row[at])(leaf, chosen), origin)
         each = merge_axes((*origin, credit))
         states, actions, credit = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.copies, 0), each)
+        if self.every_action:
+            return self._of_every_action(keys[1], problem, x, policy, states, actions, credit)
         from_pairs = trajectory_keys(keys[1], credit.shape[0])
         from_states = from_pairs if self.coupled else trajectory_keys(keys[2], credit.shape[0])
         run = {"environment": problem.environment, "policy": policy, "states": states, "horizon": self.length}
@@ -63,9 +73,45 @@ class NestedRollouts(Response):
         difference = sampled_returns(problem, x, with_action) - sampled_returns(problem, x, drawn)
         return jnp.sum(credit * difference) / self.copies
 
+    def _of_every_action(
+        self,
+        key: PRNGKeyArray,
+        problem: SampledProblem,
+        x: Any,
+        policy: Policy,
+        states: Any,
+        actions: Int[Array, " N"],
+        credit: Float[Array, " N"],
+    ) -> Float[Array, ""]:
+        """The rollouts of a visit share their random numbers, if they are coupled."""
+        environment, policy, count = problem.environment, as_policy(policy), credit.shape[0]
+        number = _number_of_actions(environment)
+        chances = jax.vmap(lambda state: finite(policy.distribution(environment.observe(state))).probabilities)(states)
+        taken = jax.nn.one_hot(actions, number, dtype=chances.dtype)
+        weights = credit[:, None] * (taken - chances).astype(credit.dtype)
+        each = jnp.broadcast_to(jnp.arange(number, dtype=jnp.int32), (count, number)).reshape(-1)
+        if self.coupled:
+            keys = jnp.repeat(trajectory_keys(key, count), number, 0)
+        else:
+            keys = trajectory_keys(key, count * number)
+        repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, number, 0), states)
+        sampled, _ = rollout_from(keys, environment, policy, repeated, horizon=self.length, actions=each)
+        return jnp.sum(weights.reshape(-1) * sampled_returns(problem, x, sampled)) / self.copies
+
     def environment_steps(self, problem, batch):
         visits = problem.horizon if self.visits is None else self.visits
-        return 2 * batch * visits * self.copies * self.length
+        rollouts = _number_of_actions(problem.environment) if self.every_action else 2
+        return rollouts * batch * visits * self.copies * self.length
+
+
+def _number_of_actions(environment: Environment) -> int:
+    space = environment.action_space
+    if isinstance(space, Box):
+        raise InputError(
+            f"every_action: the actions of {type(environment).__name__} are a Box of shape {list(space.shape)}, no "
+            f"finite set; leave every_action=False"
+        )
+    return space.n
 
 
 def _draw_visits(

@@ -195,5 +195,5 @@ def upper_problem(kind: str, contexts: bool = False) -> bj.BilevelProblem:
 
 
 # Problems that are simulators alone, and those that can be solved exactly.
-SIMULATORS = ("incentives", "task")
+SIMULATORS = ("incentives", "preference_learning", "task")
 WITH_MODEL = tuple(name for name in bj.problems.names() if name not in SIMULATORS)

@@ -28,8 +28,9 @@ ABOVE = {
     "networks": ("environments",),
     "solvers": ("linear",),
     "criteria": ("solvers",),
-    "preferences": ("environments", "replay"),
     "bilevel": ("solvers", "environments"),
+    # A reward learned from labels is a bilevel problem, too.
+    "preferences": ("bilevel", "replay"),
     "hypergradient": ("bilevel",),
     # Problems describe MDPs and simulators, evaluate policies and solve for those of experts; they know no gradients.
     "problems": ("bilevel", "criteria", "preferences", "networks"),

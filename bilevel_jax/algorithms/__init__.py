@@ -3,6 +3,11 @@
 from bilevel_jax.algorithms import cost
 from bilevel_jax.algorithms.base import Algorithm, Estimate, Info, Report, State
 from bilevel_jax.algorithms.basin_hopping import basin_hopping
+from bilevel_jax.algorithms.labels.contrastive import contrastive
+from bilevel_jax.algorithms.labels.drlhf import drlhf
+from bilevel_jax.algorithms.labels.sobirl_labels import sobirl_labels
+from bilevel_jax.algorithms.labels.sources import FileLabels, FreshLabels, GivenLabels, Labels, SyntheticLabels
+from bilevel_jax.algorithms.labels.virtual_step import virtual_step
 from bilevel_jax.algorithms.model.amd import amd
 from bilevel_jax.algorithms.model.implicit import implicit
 from bilevel_jax.algorithms.model.m_sobirl import m_sobirl
@@ -26,11 +31,16 @@ __all__ = [
     "Attenuation",
     "Cooling",
     "Estimate",
+    "FileLabels",
+    "FreshLabels",
+    "GivenLabels",
     "Info",
+    "Labels",
     "Report",
     "Reuse",
     "State",
     "StocSchedule",
+    "SyntheticLabels",
     "UpperLevel",
     "agent_alone",
     "algorithm_names",
@@ -38,8 +48,10 @@ __all__ = [
     "attenuating_actor_critic",
     "basin_hopping",
     "bc_hg",
+    "contrastive",
     "cost",
     "default_agent",
+    "drlhf",
     "hpgd",
     "implicit",
     "m_sobirl",
@@ -49,8 +61,10 @@ __all__ = [
     "register_algorithm",
     "requires",
     "sobirl",
+    "sobirl_labels",
     "stoc_schedule",
     "stoc_sobirl",
     "two_policy_penalty",
+    "virtual_step",
     "zero_order",
 ]

@@ -1,6 +1,7 @@
 """Pytrees of arrays as files, without pickle: a trained agent, a reward, an upper variable."""
 
 import os
+import zipfile
 from typing import Any
 
 import jax
@@ -141,3 +142,50 @@ def _named(tree: Any) -> list[tuple[str, Any]]:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(getattr(leaf, "dtype", np.float64), jax.dtypes.prng_key)
+
+
+def flat_names(name: str, tree: Any) -> list[str]:
+    """The names of a pytree's leaves in final.npz: x, or x/weights for {"weights": ...}."""
+
+    def label(path: tuple[Any, ...]) -> str:
+        return "/".join([name, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
+
+    return [label(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def of_run(arrays: Any, name: str, place: int, number: int) -> np.ndarray:
+    """What final.npz has of a run: a row, or an array of its own where the runs' shapes differ."""
+    own = f"{name}/run {number}"
+    return arrays[own] if own in arrays else arrays[name][place]
+
+
+def read_final(path: str | os.PathLike[str], name: str, like: Any, run: int) -> Any:
+    """Read one run's pytree, such as its x, from the final.npz of a directory of results.
+
+    Args:
+      name: "x" or "best_x".
+      like: a pytree of the structure, shapes and dtypes that it has.
+      run: the place of the run among those that are finished.
+
+    Raises:
+      InputError: the file is no final.npz, has no such run, or has other arrays than `like`.
+      OSError: there is no such file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            arrays = dict(opened)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{os.fspath(path)} is no final.npz of results ({error})") from None
+    leaves = []
+    for key, leaf in zip(flat_names(name, like), jax.tree.leaves(like), strict=True):
+        if key not in arrays and f"{key}/run {run}" not in arrays:
+            raise InputError(f"{os.fspath(path)} has no {key}; its x is another than {_described(leaf)}")
+        if key in arrays and not 0 <= run < len(arrays[key]):
+            raise InputError(f"run: {os.fspath(path)} has {len(arrays[key])} runs, there is no number {run}")
+        row = of_run(arrays, key, run, run)
+        read = _as_leaf(row.astype(leaf.dtype), leaf)
+        if read is None:
+            found = f"{row.dtype}{list(row.shape)}"
+            raise InputError(f"{os.fspath(path)}: {key} is {found}, expected {_described(leaf)}")
+        leaves.append(read)
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -29,6 +29,7 @@ KINDS: dict[str, type] = {
     "response": bj.estimators.Response,
     "baseline": bj.estimators.Baseline,
     "agent": bj.agents.Agent,
+    "labels": bj.algorithms.Labels,
     "network": bj.networks.Network,
     "schedule": Schedule,
 }

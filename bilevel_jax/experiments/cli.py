@@ -1,4 +1,4 @@
-"""The command line: bilevel-jax run | compare | report | list | plot."""
+"""The command line: bilevel-jax run | compare | report | list | plot | label."""
 
 import argparse
 import contextlib
@@ -137,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw the pictures of a finished run again")
     plot.add_argument("directory", type=Path, metavar="DIR", help="what --out was")
     plot.set_defaults(command=_plot)
+    label = commands.add_parser("label", help="show a page on which people label pairs of clips")
+    label.add_argument("directory", type=Path, metavar="DIR", help="holds labels.jsonl, see docs/preferences.md")
+    label.add_argument("--by", default="", metavar="NAME", help="the name that the page suggests")
+    label.add_argument("--host", default="127.0.0.1", help="an address of this machine; default 127.0.0.1, it alone")
+    label.add_argument("--port", type=int, default=8765, help="default 8765; 0 is a free one")
+    label.add_argument("--fps", type=float, default=15.0, help="steps per second; default 15")
+    label.set_defaults(command=_label)
     return parser
 
 
@@ -150,6 +157,8 @@ def _run(options: argparse.Namespace) -> None:
     with noticed() as stop:
         stop.check()
     plot(directory)
+    for line in summary.get("labels", ()):
+        print(line)
     value = summary["final_value"]
     print(
         f"{config.name}: {summary['runs']} runs in {summary['seconds']:.1f} s "
@@ -198,6 +207,12 @@ def _plot(options: argparse.Namespace) -> None:
 
     for path in plot(options.directory):
         print(path)
+
+
+def _label(options: argparse.Namespace) -> None:
+    from bilevel_jax.experiments.labelling.server import serve
+
+    serve(options.directory, by=options.by, host=options.host, port=options.port, fps=options.fps)
 
 
 # Commands that use the device.

@@ -107,6 +107,7 @@ def _final_by_samples(inputs: Inputs, progress: Progress, samples: int) -> Final
             columns[name] = mean
         middle = made.objective if mean is None else mean
         columns |= {f"{name}_low": middle - WIDTH * error, f"{name}_high": middle + WIDTH * error}
+    columns |= jax.device_get(_at_the_end(inputs.varying, inputs.shared, progress.state))
     policy = agent = None
     if isinstance(_algorithm(inputs).problem.environment, TabularEnvironment):
         policy = np.asarray(_policies(inputs.varying, inputs.shared, progress.state))
@@ -194,6 +195,16 @@ def _error(numbers: jax.Array) -> jax.Array:
     if numbers.size == 1:
         return jnp.asarray(jnp.inf, numbers.dtype)
     return jnp.std(numbers, ddof=1) / numbers.size**0.5
+
+
+@jax.jit
+def _at_the_end(varying, shared, states):
+    def one(inputs):
+        own, state = inputs
+        algorithm = eqx.combine(own, shared)
+        return algorithm.at_the_end(state) if hasattr(algorithm, "at_the_end") else {}
+
+    return jax.lax.map(one, (varying, states))
 
 
 @jax.jit

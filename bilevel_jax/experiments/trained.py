@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.saving import flat_names, of_run
 from bilevel_jax.experiments.config import Config, from_directory
-from bilevel_jax.experiments.present.run import flat_names, of_run, policy_like
+from bilevel_jax.experiments.present.run import policy_like
 
 
 class Trained(NamedTuple):

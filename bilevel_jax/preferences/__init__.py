@@ -23,11 +23,13 @@ from bilevel_jax.preferences.likelihood import (
     preference_loss,
 )
 from bilevel_jax.preferences.lines import Header, RefusedLine
+from bilevel_jax.preferences.problem import PreferenceProblem
 from bilevel_jax.preferences.queries import disagreement, label_counts, near_on_policy_pairs, select, uniform_pairs
 from bilevel_jax.preferences.reward_models import fit_linear_reward, misordered_fraction, segment_features
 from bilevel_jax.preferences.segments import Cut, Segments, cut_segments, relabelled
 from bilevel_jax.preferences.teachers import Judgement, ScriptedTeacher, Teacher, labelled
-from bilevel_jax.preferences.verdict import Verdict, judged_by
+from bilevel_jax.preferences.verdict import Verdict, judged_by, verdict_of
+from bilevel_jax.preferences.waiting import wait_for_labels
 
 __all__ = [
     "Cut",
@@ -35,6 +37,7 @@ __all__ = [
     "Judgement",
     "PreferenceBuffer",
     "PreferenceFile",
+    "PreferenceProblem",
     "Preferences",
     "RationalityFit",
     "Reading",
@@ -69,4 +72,6 @@ __all__ = [
     "split",
     "subset",
     "uniform_pairs",
+    "verdict_of",
+    "wait_for_labels",
 ]

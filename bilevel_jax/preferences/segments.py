@@ -26,6 +26,8 @@ class Segments(eqx.Module):
       next_observation: after each step, of the structure of `observation`; None where it was not kept.
       valid: which steps count, [N, H].
       reward: what a synthetic teacher judges by and the learner does not see, [N, H]; None if there is none.
+      state: the simulator's state before each step, a pytree with leaves [N, H, ...], from which `NestedRollouts`
+        start; None where it was not kept. Files do not keep it.
 
     Raises:
       InputError: leaves without the leading axes [N, H], or `valid` that is not boolean.
@@ -43,6 +45,7 @@ class Segments(eqx.Module):
     next_observation: Any
     valid: Bool[Array, "*steps"]
     reward: Float[Array, "*steps"] | None
+    state: Any
 
     def __init__(
         self,
@@ -52,12 +55,14 @@ class Segments(eqx.Module):
         *,
         valid: Bool[ArrayLike, "N H"] | Any,
         reward: Real[ArrayLike, "N H"] | Any | None = None,
+        state: Any = None,
     ):
         self.observation = jax.tree.map(jnp.asarray, observation)
         self.action = jnp.asarray(action)
         self.next_observation = jax.tree.map(jnp.asarray, next_observation)
         self.valid = jnp.asarray(valid)
         self.reward = None if reward is None else as_float("reward", reward)
+        self.state = jax.tree.map(jnp.asarray, state)
         if self.valid.ndim != 2 or self.valid.dtype != bool:
             raise InputError(f"valid: expected booleans [N, H], got {self.valid.dtype}{list(self.valid.shape)}")
         for path, leaf in jax.tree_util.tree_leaves_with_path(self):
@@ -77,6 +82,7 @@ class Segments(eqx.Module):
             trajectories.next_observation,
             valid=trajectories.valid,
             reward=trajectories.reward if hidden else None,
+            state=trajectories.state,
         )
 
     @property

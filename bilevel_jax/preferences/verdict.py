@@ -92,8 +92,21 @@ def judged_by(
     difference = of_outcome - of_decision
     spread = share @ (share * (outcome - decision - difference) ** 2)
     error = math.sqrt(spread * pairs / (pairs - 1))
-    margin = float(student.ppf((1 + confidence) / 2, pairs - 1)) * error
-    better, worse = sorted((of_outcome, of_decision))
+    return verdict_of(of_outcome, of_decision, error, pairs, confidence=confidence)
+
+
+def verdict_of(
+    outcome_loss: float, decision_loss: float, standard_error: float, pairs: int, *, confidence: float = 0.95
+) -> Verdict:
+    """Say what `judged_by` says, from the mean losses of at least two pairs and the standard error of their difference.
+
+    Example:
+      >>> bj.preferences.verdict_of(0.25, 0.58, 0.1, 40).kind
+      'outcomes'
+    """
+    difference = outcome_loss - decision_loss
+    margin = float(student.ppf((1 + confidence) / 2, pairs - 1)) * standard_error
+    better, worse = sorted((outcome_loss, decision_loss))
     compared = f"held-out loss {better:.3f} against {worse:.3f}, difference {abs(difference):.3f} +- {margin:.3f}"
     if better >= math.log(2):
         kind, text = "unclear", f"these labels do not tell: neither model predicts them better than a coin ({compared})"
@@ -102,4 +115,4 @@ def judged_by(
     else:
         kind = "decisions" if difference > 0 else "outcomes"
         text = f"the labels judge {kind} ({compared})"
-    return Verdict(kind, text, of_outcome, of_decision, difference, error, margin, pairs)
+    return Verdict(kind, text, outcome_loss, decision_loss, difference, standard_error, margin, pairs)

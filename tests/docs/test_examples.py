@@ -26,7 +26,7 @@ NAMESPACES = ["bilevel_jax", *sorted(f"bilevel_jax.{path.parent.name}" for path 
 # Nobody builds these: base classes, of which the classes derived from them are the examples ...
 PROTOCOLS = {
     *("ActionFunction", "Agent", "Algorithm", "AverageRewardSolver", "Baseline", "Distribution", "Environment"),
-    *("LinearSolver", "Method", "Module", "Network", "Policy", "Preconditioner", "Regularizer", "Response"),
+    *("Labels", "LinearSolver", "Method", "Module", "Network", "Policy", "Preconditioner", "Regularizer", "Response"),
     *("SampledProblem", "Solver", "Transition"),
 }
 # ... and results, of which the functions that return them are the examples.

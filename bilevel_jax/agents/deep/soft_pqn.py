@@ -25,7 +25,7 @@ from bilevel_jax.core.batching import merge_axes
 from bilevel_jax.core.schedules import Schedule
 from bilevel_jax.core.sizes import size
 from bilevel_jax.environments import Categorical, Policy, Processes, Trajectory, collect, start_processes
-from bilevel_jax.mdp.regularizers import Regularizer
+from bilevel_jax.mdp.regularizers import KLDivergence, Regularizer, ShannonEntropy
 from bilevel_jax.networks import MLP, Network
 
 
@@ -245,8 +245,18 @@ class ValuePolicy(Policy):
         return self.network.apply(self.params, observation)
 
     def distribution(self, observation):
-        q = self.q(observation)
-        return CategoricalOfValues(at_states(self.regularizer, observation).policy(q), values=q)
+        q, local = self.q(observation), at_states(self.regularizer, observation)
+        return CategoricalOfValues(local.policy(q), _log_policy(local, q), values=q)
+
+
+def _log_policy(regularizer: Regularizer, q: Float[Array, " A"]) -> Float[Array, " A"] | None:
+    """log pi, which stays finite where pi is 0 to the last digit; None where the policy has no logarithm."""
+    if not isinstance(regularizer, ShannonEntropy | KLDivergence):
+        return None
+    logits = q / regularizer.temperature.astype(q.dtype)
+    if isinstance(regularizer, KLDivergence):
+        logits = logits + jnp.log(regularizer.reference).astype(q.dtype)
+    return jax.nn.log_softmax(logits)
 
 
 class CategoricalOfValues(Categorical):

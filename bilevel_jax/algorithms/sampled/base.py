@@ -82,6 +82,11 @@ class SampledAlgorithm(Algorithm):
         """Return numbers on how the agent learns, from the state that `improve_agent` returned."""
         return self.agent.report(agent)
 
+    def at_the_end(self, state: State) -> dict[str, Float[Array, ""]]:
+        """Return numbers by name that describe a finished run; by default there are none."""
+        del state
+        return {}
+
     def init_estimator(self, x: Any) -> Any:
         """The estimator's memory at the start."""
         del x

@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 
 import bilevel_jax as bj
 from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.saving import flat_names, of_run
 from bilevel_jax.experiments.checkpoints import DAMAGED
 from bilevel_jax.experiments.config import RECORD, Config, from_directory
 from bilevel_jax.experiments.present.clips import episode_frames, shows_images, write_clip
 from bilevel_jax.experiments.present.pictures import line_style, picture
-from bilevel_jax.experiments.present.run import flat_names, of_run
 from bilevel_jax.experiments.sections import build_problem
 from bilevel_jax.experiments.trained import trained
 from bilevel_jax.problems.panels import Pictured

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.results import MESSAGES, Result
+from bilevel_jax.core.saving import flat_names
 from bilevel_jax.experiments.cells import Cell
 from bilevel_jax.experiments.checkpoints import write_arrays
 from bilevel_jax.experiments.config import Config
@@ -24,11 +25,14 @@ from bilevel_jax.experiments.directory import claimed, write_text
 from bilevel_jax.experiments.interruption import InterruptionError, noticed
 from bilevel_jax.experiments.outcome import Outcome, Point
 from bilevel_jax.experiments.trainer import Event, Trainer
+from bilevel_jax.preferences import verdict_of
 
 # What a run without a model ends with beside its objective, with intervals of 95%.
 SAMPLED = tuple(f"{name}{part}" for name in ("objective", "return", "greedy_return") for part in ("", "_low", "_high"))[
     1:
 ]
+# What runs on labels end with beside it.
+HELD_OUT = ("held_out_decisions", "held_out_outcomes", "held_out_error", "held_out_pairs")
 # What the progress bar shows of an agent, where it reports it.
 WATCHED = {
     "agent_episode_return": "return",
@@ -244,7 +248,11 @@ def _write(
                 "final_value": final["objective"][i].item(),
                 "best_value": final["best_objective"][i].item(),
                 "gradient_norm": final["gradient_norm"][i].item(),
-                **{name: final[f"column {name}"][i].item() for name in SAMPLED if f"column {name}" in final},
+                **{
+                    name: final[f"column {name}"][i].item()
+                    for name in (*SAMPLED, *HELD_OUT)
+                    if f"column {name}" in final
+                },
                 "result": Result(int(final["result"][i])).name.lower(),
                 "ended_by": outcome.ended_by[i],
             }
@@ -270,6 +278,7 @@ def _write(
         "final_gradient_norm": None if best is None else records[best]["gradient_norm"],
         "results": _counts(record["result"] for record in records),
         "ended_by": _counts(record["ended_by"] for record in records),
+        **_what_labels_judge(records),
         "seconds": seconds,
         "compile_seconds": outcome.compile_seconds,
         **machine(),
@@ -277,6 +286,19 @@ def _write(
     written = {key: None if isinstance(v, float) and not np.isfinite(v) else v for key, v in summary.items()}
     write_text(directory / "summary.json", json.dumps(written, indent=2) + "\n")
     return summary
+
+
+def _what_labels_judge(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """In words, what the labels of each run judge; nothing for runs without labels that were held out."""
+    made = {}
+    for record in records:
+        if np.isfinite(record.get("held_out_error", np.nan)):
+            decisions, outcomes, error, pairs = (record[name] for name in HELD_OUT)
+            told = verdict_of(outcomes, decisions, error, int(pairs))
+            made[told.kind] = (*made.get(told.kind, ()), told.text)
+    if not made:
+        return {}
+    return {"labels": [f"{len(texts)} of {len(records)} runs: {texts[0]}" for texts in made.values()]}
 
 
 def _counts(names: Any) -> dict[str, int]:
@@ -324,22 +346,7 @@ def policy_like(cell: Cell, place: int) -> Any:
     return jax.eval_shape(made, jax.random.key(0))
 
 
-def of_run(arrays: Any, name: str, place: int, number: int) -> np.ndarray:
-    """What final.npz has of a run: a row, or an array of its own where the runs' shapes differ."""
-    own = f"{name}/run {number}"
-    return arrays[own] if own in arrays else arrays[name][place]
-
-
 def _start(config: Config, outcome: Outcome) -> Any:
     place, _ = config.cell.runs[outcome.runs[0]]
     problem = config.cell.problem(place)
     return jax.eval_shape(problem.start, jax.random.key(0))
-
-
-def flat_names(name: str, tree: Any) -> list[str]:
-    """The names of a pytree's leaves in final.npz: x, or x/weights for {"weights": ...}."""
-
-    def label(path: tuple[Any, ...]) -> str:
-        return "/".join([name, *(str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", p)))) for p in path)])
-
-    return [label(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -35,7 +35,7 @@ class PreferenceLearningOptions:
     width: of the hidden layers of the reward.
     scale: of the reward; parameters move less where it is large.
     temperature: of the agent's entropy, in units of the reward.
-    discount: of the agent; 0 is the task's own.
+    discount: of the agent; None is the task's own.
     length: steps of a segment.
     horizon: steps of an episode, when agents are evaluated; 0 is the task's own.
     rationality: of the teacher in the loss of algorithms that have no labels of their own.
@@ -51,7 +51,7 @@ class PreferenceLearningOptions:
     width: int = 64
     scale: float = 2.0
     temperature: float = 0.05
-    discount: float = 0.0
+    discount: float | None = None
     length: int = 10
     horizon: int = 0
     rationality: float = 10.0
@@ -202,14 +202,13 @@ def _build(options: PreferenceLearningOptions) -> PreferenceProblem:
     scale = as_positive(options, "scale", "2 is usual")
     network = Scaled(own.scale, own.offset, MLP(options.width, layer_norm=False, activation="silu"))
     model: Any = RewardNetwork.of(simulator, network, options.inputs, scale=scale)
-    untraced = isinstance(options.discount, int | float)
     model = model if options.members == 1 else Ensemble(model, options.members)
     problem = PreferenceProblem(
         simulator,
         model,
         teacher=ScriptedTeacher.boltzmann(options.rationality),
         regularizer=ShannonEntropy(options.temperature),
-        discount=own.discount if untraced and options.discount == 0 else options.discount,
+        discount=own.discount if options.discount is None else options.discount,
         length=options.length,
         horizon=options.horizon or own.horizon,
         centred=True,

@@ -107,7 +107,7 @@ def test_choices_are_found():
     assert len(CASES) >= 30
     for name in bj.problems.names():
         texts = {option for option, hint, _ in fields_of(name) if hint is str}
-        assert texts <= {"grounds", "demonstrations_file", "gymnax"}, (
+        assert texts <= {"grounds", "demonstrations_file", "gymnax", "saved"}, (
             f"{name}: a text of which some are valid is a Literal"
         )
 

@@ -103,11 +103,11 @@ class PreferenceProblem(SampledProblem):
 
     def with_true_reward(self) -> "PreferenceProblem":
         """Return the same problem, in which the agent earns what the environment emits; x has no effect."""
-        return self._with(true_reward=True)
+        return self.changed(true_reward=True)
 
     def starting_at(self, x: dict[str, Any]) -> "PreferenceProblem":
         """Return the same problem with the start x, e.g. a reward that was learned before."""
-        return self._with(first=x)
+        return self.changed(first=x)
 
     def start(self, key: PRNGKeyArray) -> dict[str, Any]:
         """Parameters drawn at random, and rationality 1; or what `starting_at` gave."""
@@ -132,10 +132,11 @@ class PreferenceProblem(SampledProblem):
         valid = trajectories.valid.astype(rewards.dtype)
         return rewards - jnp.sum(valid * rewards) / jnp.maximum(jnp.sum(valid), 1)
 
-    def _with(self, **changed: Any) -> "PreferenceProblem":
+    def changed(self, **fields: Any) -> "PreferenceProblem":
+        """Return the same problem with other values of some fields."""
         made = object.__new__(type(self))
         for field in dataclasses.fields(self):
-            object.__setattr__(made, field.name, changed.get(field.name, getattr(self, field.name)))
+            object.__setattr__(made, field.name, fields.get(field.name, getattr(self, field.name)))
         return made
 
     def regularizer(self, x):

@@ -30,6 +30,9 @@ from bilevel_jax.problems import names, registry
 pytestmark = pytest.mark.usefixtures("as_from_the_shell")
 
 GARNET = "problem: {name: garnet, states: 4, actions: 2, branching: 2, discount: 0.6, horizon: 10}\niterations: 2\n"
+# Algorithms on labels have a problem of their own.
+LEARNED = "problem: {name: preference_learning, task: four_rooms, width: 8, length: 3, horizon: 12}\niterations: 2\n"
+ON_LABELS = ("contrastive", "drlhf", "sobirl_labels", "virtual_step")
 # Options that have no default.
 GIVEN = {
     "neumann": "terms: 3",
@@ -41,15 +44,18 @@ GIVEN = {
     "cooling": "start: 2.0, iterations: 3",
     "by_visits": "schedule: polynomial",
     "box": "lower: -1.0, upper: 1.0",
+    "sobirl_labels": "batch: 4, warm_up: 1, response: {name: nested_rollouts, length: 3}",
+    "virtual_step": "batch: 4, warm_up: 1",
+    "synthetic_labels": "count: 8, held_out: 8, improvements: 1, shares: 2, processes: 4",
 }
 
 
-# What a garnet is not for: networks of frames, continuous actions.
-ELSEWHERE = {"nature_cnn", "reward_cnn", "gaussian_actor_critic"}
+# What a garnet is not for: networks of frames, continuous actions; and labels of a file.
+ELSEWHERE = {"nature_cnn", "reward_cnn", "gaussian_actor_critic", "file_labels"}
 
 
 # What needs an array or a function, which a config cannot write.
-OF_ARRAYS = {"ExactAdvantage"}
+OF_ARRAYS = {"ExactAdvantage", "GivenLabels"}
 
 
 def section(name):
@@ -58,7 +64,8 @@ def section(name):
 
 def places():
     """Where each thing may stand in a config, with the thing."""
-    yield from (("algorithm", f"algorithm: {section(name)}") for name in library_choices(bj.algorithms.Algorithm))
+    for name in library_choices(bj.algorithms.Algorithm):
+        yield "algorithm", f"{LEARNED if name in ON_LABELS else ''}algorithm: {section(name)}"
     yield from (("optimizer", f"algorithm: implicit\noptimizer: {section(name)}") for name in optimizers())
     yield from (("projection", f"algorithm: implicit\nprojection: {section(name)}") for name in projections())
     templates = {
@@ -70,6 +77,7 @@ def places():
         "baseline": "algorithm: {name: sobirl, batch: 4, baseline: %s}",
         "agent": "algorithm: {name: naive, batch: 4, agent: %s}",
         "network": "algorithm: {name: naive, batch: 4, agent: {name: soft_pqn, processes: 4, steps: 8, network: %s}}",
+        "labels": LEARNED + "algorithm: {name: drlhf, batch: 4, labels: %s}",
         "schedule": "algorithm: implicit\ntemperature: %s\noptimizer: {name: sgd, learning_rate: %s}",
     }
     assert set(templates) == set(KINDS)
@@ -111,13 +119,20 @@ def test_options_are_the_arguments_of_the_constructor():
     assert (sarsa["expected"], sarsa["epsilon"], sarsa["processes"]) == (False, 0.02, 64)  # its parents' too
 
 
+def whole(text):
+    """A config: with a garnet, unless there is a problem."""
+    return text if text.startswith("problem:") else GARNET + text
+
+
 def cases():
     """All of them; of the kinds that optax has, CI runs the first three."""
     seen: dict[str, int] = {}
     for kind, text in places():
         seen[kind] = seen.get(kind, 0) + 1
         rare = kind in ("optimizer", "projection") and seen[kind] > 3
-        yield pytest.param(kind, text, marks=pytest.mark.nightly if rare else (), id=text.replace("\n", " ")[:90])
+        yield pytest.param(
+            kind, text, marks=pytest.mark.nightly if rare else (), id=text.removeprefix(LEARNED).replace("\n", " ")[:90]
+        )
 
 
 @pytest.mark.slow
@@ -142,7 +157,7 @@ def test_what_a_run_writes_down_is_read_again(tmp_path):
     """All choices with all their defaults filled in, None among them."""
     for i, (_, text) in enumerate(places()):
         text = text.replace("learning_rate: {name: by_visits, schedule: polynomial}", "learning_rate: 0.1")
-        values = load(write(tmp_path, GARNET + text + "\n", f"{i}.yaml")).values
+        values = load(write(tmp_path, whole(text) + "\n", f"{i}.yaml")).values
         again = load(write(tmp_path, yaml.safe_dump(values), f"{i}-again.yaml")).values
         assert {**again, "modules": []} == {**values, "modules": []}, text
 
@@ -154,7 +169,7 @@ def test_everything_runs(kind, text, tmp_path):
     if "by_visits" in text:
         text = text.replace("learning_rate: {name: by_visits, schedule: polynomial}", "learning_rate: 0.1")
     extra = "optimizer: {name: sgd, learning_rate: 0.01}\n" if "optimizer" not in text else ""
-    config = load(write(tmp_path, GARNET + extra + text + "\n"))
+    config = load(write(tmp_path, whole(text) + "\n" + extra))
     with jax.enable_x64(True):
         outcome = Trainer(config.cell).run(tmp_path / "out", Stop(), lambda event: None)
     assert outcome.reason is None

@@ -100,10 +100,9 @@ class SoBiRLOnLabels(LabelAlgorithm):
 
     @property
     def own_steps(self):
-        if isinstance(self.problem.horizon, int):
-            each = self.response.environment_steps(self.problem, 2 * self.batch)
-            return each * self.problem.length // self.problem.horizon
-        return 0
+        # The response's trajectories are segments.
+        of_segments = self.problem.changed(horizon=self.problem.length)
+        return self.response.environment_steps(of_segments, 2 * self.batch)
 
 
 def sobirl_labels(

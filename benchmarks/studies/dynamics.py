@@ -376,7 +376,7 @@ def plot(directory: Path) -> None:
     draw(directory / "dynamics.png", *(panel(group) for group in groups))
 
 
-CASES = {f"dynamics_{task}": DynamicsOptions(task) for task in TASKS}
+CASES = {"dynamics_cart_pole": DynamicsOptions()}
 STUDY = Study("dynamics", CASES, run, plot)
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from studies_helpers import call
 import bilevel_jax as bj
 from benchmarks.common.options import meanings
 from benchmarks.common.timing import RESULTS
-from benchmarks.studies import accuracy, agents, decisions, networks, preferences, rates, samples, truncation
+from benchmarks.studies import accuracy, agents, decisions, dynamics, networks, preferences, rates, samples, truncation
 from benchmarks.studies.study import read
 
-MODULES = (accuracy, agents, decisions, networks, preferences, rates, samples, truncation)
+MODULES = (accuracy, agents, decisions, dynamics, networks, preferences, rates, samples, truncation)
 STUDIES = {module.STUDY.name: module.STUDY for module in MODULES}
 
 

@@ -122,11 +122,11 @@ def working_precision(modulus: Scalar, dtype: Any) -> Scalar:
     return jnp.clip(known, LEAST_WORKING_PRECISION, AT_WORKING_PRECISION).astype(dtype)
 
 
-def of_scaling(temperature: Float[ArrayLike, ""], dtype: Any) -> Scalar:
+def of_scaling(temperature: Float[ArrayLike, ""], dtype: Any, flushed: Any = 0) -> Scalar:
     """Return what Omega* loses where (Q - max Q) / temperature is below the smallest normal number, and is
-    therefore 0.
+    therefore 0; and where the weights of `flushed` actions are.
     """
-    return jnp.asarray(temperature, dtype) * (2 * float(jnp.finfo(dtype).tiny))
+    return jnp.asarray(temperature, dtype) * ((2 + jnp.asarray(flushed, dtype)) * float(jnp.finfo(dtype).tiny))
 
 
 def of_sweep(

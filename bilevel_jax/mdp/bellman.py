@@ -1,5 +1,6 @@
 """The regularized Bellman operator and what follows from a value function, for one MDP; batches: see `over_batch`."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,10 +14,11 @@ from bilevel_jax.core import rounding
 from bilevel_jax.core.arrays import Flag, PerPair, PerState, Scalar
 from bilevel_jax.core.derivatives import derivative_of, without_derivative
 from bilevel_jax.core.errors import InputError
+from bilevel_jax.core.promotion import with_rank
 from bilevel_jax.core.reductions import argmax_last, is_any, is_first, largest, levels_of_sum, sum_last
 from bilevel_jax.core.validation import is_known
 from bilevel_jax.mdp.process import MDP
-from bilevel_jax.mdp.regularizers import Regularizer
+from bilevel_jax.mdp.regularizers import KLDivergence, Regularizer, ShannonEntropy
 from bilevel_jax.mdp.transitions import PolicyOperator, StateOperator
 
 
@@ -109,7 +111,8 @@ class Sizes(NamedTuple):
     actions. `lost`, a scalar, is what a backup loses below the smallest normal number. `collected` is what the policy
     collects per step, sum_a pi r - Omega(pi). `expectation` is sum_a pi |discount E V|, which is at most `expected()`.
     `empty`, a bool, says that each reward which is collected is exactly 0, not subnormal, and that the regularizer's
-    part is exactly 0 if it is computed as 0: the temperature is 0, or large enough for a relative error.
+    part is exactly 0 if it is computed as 0: the temperature is 0, or large enough for a relative error, and no action
+    has a weight that only a device takes for 0.
     """
 
     q: PerState
@@ -134,18 +137,36 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: PerState, q: PerPair, ba
     temperature = jnp.asarray(regularizer.temperature, q.dtype)
     is_kept = (temperature == 0) & ~is_any(temperature) | (temperature >= rounding.full_precision(q.dtype))
 
+    flushed = _flushed(mdp, regularizer, q, policy)
+
     def taken(numbers):
         return sum_last(jnp.where(policy > 0, policy * numbers, 0))
 
     return Sizes(
         q=taken(jnp.abs(q)) + jnp.abs(backup),
         spread=levels_of_sum(mdp.num_actions) * regularizer.spread(q, backup),
-        lost=rounding.of_scaling(regularizer.temperature, q.dtype),
+        lost=rounding.of_scaling(regularizer.temperature, q.dtype, jnp.where(flushed, mdp.num_actions, 0)),
         collected=taken(mdp.reward) - regularizer.penalty_at(q),
         expectation=taken(jnp.abs(q - mdp.reward)),
-        empty=~jnp.any((policy > 0) & is_any(mdp.reward)) & is_kept,
+        empty=~jnp.any((policy > 0) & is_any(mdp.reward)) & is_kept & ~flushed,
         expected=lambda: taken(mdp.discount * mdp.transition.expect(jnp.abs(value))),
     )
+
+
+def _flushed(mdp: MDP, regularizer: Regularizer, q: PerPair, policy: PerPair) -> Flag:
+    """Whether an action that an entropy gives some probability has a weight below the smallest normal number, which a
+    device takes for 0, and is worth that number for ever or more.
+    """
+    if not isinstance(regularizer, ShannonEntropy | KLDivergence):
+        return jnp.zeros((), bool)
+    temperature = jnp.asarray(regularizer.temperature, q.dtype)
+    forever = temperature * mdp.num_actions / (1 - mdp.modulus).astype(q.dtype)
+    least = math.log(float(jnp.finfo(q.dtype).tiny)) - jnp.log(forever)
+    below = q - regularizer.highest(q)[..., None]
+    possible = (q != -jnp.inf) & (below > least * temperature)
+    if isinstance(regularizer, KLDivergence):
+        possible &= with_rank(jnp.asarray(regularizer.reference) > 0, q.ndim)
+    return jnp.any(possible & (policy < jnp.finfo(policy.dtype).tiny))
 
 
 def rounding_of(mdp: MDP, sizes: Sizes, value: PerState, most: Scalar) -> Scalar:

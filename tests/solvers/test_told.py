@@ -229,3 +229,30 @@ def test_nothing_at_all_is_exact(dtype):
     for regularizer in (bj.ShannonEntropy(dtype(1)), bj.KLDivergence(dtype(1e-9), np.ones(1, dtype))):
         found = bj.check(bj.solve(one, regularizer))
         assert float(found.value[0]) == float(found.stats.error_bound) == 0
+
+
+@pytest.mark.parametrize("actions", [2, 64])
+@pytest.mark.parametrize("gap", [87.5, 88.0, 90.0])
+@pytest.mark.parametrize("kind", ["shannon", "kl"])
+def test_weights_that_a_device_takes_for_0_are_in_the_bound(kind, gap, actions):
+    """Rewards of 0, and others so far below that exp(gap) is under the smallest normal number: V* is the temperature
+    times their sum, not 0. Sparsemax takes such actions with probability 0 exactly.
+    """
+    temperature, tiny = 1e6, float(np.finfo(np.float32).tiny)
+    reward = jnp.zeros((2, actions), jnp.float32).at[:, 1:].set(-gap * temperature)
+    mdp = bj.MDP(jnp.full((2, actions, 2), 0.5, jnp.float32), reward, jnp.float32(0.5))
+    reference = jnp.full(actions, 1 / actions, jnp.float32)
+    regularizer = bj.ShannonEntropy(jnp.float32(temperature))
+    if kind == "kl":
+        regularizer = bj.KLDivergence(jnp.float32(temperature), reference)
+    solution = bj.solve(mdp, regularizer)
+    scaled = -np.float64(reward[0, 1]) / -temperature
+    others = (actions - 1) * np.exp(scaled)
+    exact = 2 * temperature * (np.log1p(others) if kind == "shannon" else np.log(1 / actions) + np.log1p(others))
+    off = np.abs(np.asarray(solution.value, np.float64) - exact).max()
+    assert off <= float(solution.stats.error_bound)
+    if kind == "shannon":
+        assert exact > 100 * tiny
+        assert float(solution.stats.error_bound) < 1e4 * actions * temperature * tiny
+    sparse = bj.solve(mdp, bj.TsallisEntropy(jnp.float32(temperature)))
+    assert (int(sparse.result), float(sparse.stats.error_bound)) == (bj.Result.CONVERGED, 0)

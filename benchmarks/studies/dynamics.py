@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import lax
 import bilevel_jax as bj
 from benchmarks.studies.records import draw, read_rows, write_rows
 from benchmarks.studies.study import Study, main
-from bilevel_jax.algorithms.labels.sources import Fixed
+from bilevel_jax.algorithms.labels.sources import FixedPairs
 from bilevel_jax.preferences import Preferences
 from bilevel_jax.problems.preference_learning import TASKS
 
@@ -59,7 +59,7 @@ class DynamicsOptions:
     """
 
     task: str = "cart_pole"
-    judging: str = "decisions"
+    judging: Literal["decisions", "outcomes"] = "decisions"
     labels: int = 200
     rationality: float = 10.0
     iterations: int = 800
@@ -136,31 +136,31 @@ def _trained(options: DynamicsOptions, updates: int) -> tuple[bj.agents.SoftPQN,
     return _agent(options, bj.agents.LinearDecay(2e-3, 2e-4, updates), 10), max(1, updates // 10)
 
 
-def _labels(keys: Any, options: DynamicsOptions) -> Fixed:
+def _labels(keys: Any, options: DynamicsOptions) -> FixedPairs:
     problem = _problem(options)
     expert, improvements = _trained(options, 2 * options.improvements)
     source = bj.algorithms.SyntheticLabels(
         options.labels,
         HELD_OUT,
-        judging=options.judging,  # type: ignore[arg-type]
+        judging=options.judging,
         rationality=options.rationality,
         expert=expert,
         improvements=improvements,
     )
     x = problem.start(keys[0])
-    made = jax.jit(jax.vmap(lambda key: source.init(jax.random.fold_in(key, 1), problem, None, x)))(keys)  # type: ignore[arg-type]
+    made = jax.jit(jax.vmap(lambda key: source.init(jax.random.fold_in(key, 1), problem, None, x)))(keys)
     return jax.block_until_ready(made)
 
 
 class Setting(NamedTuple):
     """How a learner is run: the algorithm for some labels, and its number of iterations."""
 
-    algorithm: Callable[[Preferences, Preferences], Any]
+    algorithm: Callable[[Preferences, Preferences | None], Any]
     iterations: int
 
 
 def _setting(name: str, options: DynamicsOptions) -> Setting:
-    def labels(train: Preferences, held_out: Preferences) -> Any:
+    def labels(train: Preferences, held_out: Preferences | None) -> Any:
         return bj.algorithms.GivenLabels(train, held_out)
 
     short, long = options.iterations, 2 * options.iterations
@@ -176,7 +176,7 @@ def _setting(name: str, options: DynamicsOptions) -> Setting:
         response = bj.estimators.NestedRollouts(length, every_action=True)
         optimizer, problem = upper(4e-3, short), _problem(options)
 
-        def through_the_answer(train: Preferences, held_out: Preferences) -> Any:
+        def through_the_answer(train: Preferences, held_out: Preferences | None) -> Any:
             return bj.algorithms.sobirl_labels(
                 problem,
                 optimizer,
@@ -191,7 +191,7 @@ def _setting(name: str, options: DynamicsOptions) -> Setting:
     if name == "virtual_step":
         optimizer, problem = upper(1e-3, short), _problem(options)
 
-        def virtual(train: Preferences, held_out: Preferences) -> Any:
+        def virtual(train: Preferences, held_out: Preferences | None) -> Any:
             return bj.algorithms.virtual_step(
                 problem, optimizer, agent=following, labels=labels(train, held_out), warm_up=25
             )
@@ -200,7 +200,7 @@ def _setting(name: str, options: DynamicsOptions) -> Setting:
     if name == "policy":
         problem = _problem(options)
 
-        def policy(train: Preferences, held_out: Preferences) -> Any:
+        def policy(train: Preferences, held_out: Preferences | None) -> Any:
             return bj.algorithms.contrastive(
                 problem, network=_q_network(options), labels=labels(train, held_out), learning_rate=1e-3
             )
@@ -208,13 +208,13 @@ def _setting(name: str, options: DynamicsOptions) -> Setting:
         return Setting(policy, long)
     optimizer, problem = upper(2e-3, long), _problem(options, name=name)
 
-    def by_returns(train: Preferences, held_out: Preferences) -> Any:
+    def by_returns(train: Preferences, held_out: Preferences | None) -> Any:
         return bj.algorithms.drlhf(problem, optimizer, agent=idle, labels=labels(train, held_out), ridge=1e-2)
 
     return Setting(by_returns, long)
 
 
-def _learn(name: str, keys: Any, data: Fixed, options: DynamicsOptions) -> tuple[Any, Any]:
+def _learn(name: str, keys: Any, data: FixedPairs, options: DynamicsOptions) -> tuple[Any, Any]:
     """What was learned by each seed, x or the returns of a policy, and the loss on the pairs that were held out."""
     if name == "true":
         problem = _problem(options)
@@ -223,8 +223,8 @@ def _learn(name: str, keys: Any, data: Fixed, options: DynamicsOptions) -> tuple
 
     @jax.jit
     @jax.vmap
-    def fit(key: Any, own: Fixed) -> tuple[Any, Any]:
-        algorithm = setting.algorithm(own.train, own.held_out)  # type: ignore[arg-type]
+    def fit(key: Any, own: FixedPairs) -> tuple[Any, Any]:
+        algorithm = setting.algorithm(own.train, own.held_out)
         for_start, for_init, for_steps = jax.random.split(jax.random.fold_in(key, 2), 3)
         state = algorithm.init(for_init, algorithm.problem.start(for_start))
 

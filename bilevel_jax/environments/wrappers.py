@@ -15,14 +15,10 @@ from bilevel_jax.core.validation import as_float, require_setting
 from bilevel_jax.environments.protocol import Environment, TimeStep
 
 
-class AutoReset(Environment):
-    """Starts a new process in the step that ends one. The `TimeStep` still says how the old one ended.
+class Wrapper(Environment):
+    """The base of environments around another one, `environment`: all but `step` is that of the inner one.
 
-    Example:
-      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
-      >>> environment = bj.environments.TabularEnvironment(mdp)
-      >>> bj.environments.AutoReset(environment).resets
-      True
+    A subclass with a state of its own overrides `reset` and `observe`, too.
     """
 
     environment: Environment
@@ -37,13 +33,28 @@ class AutoReset(Environment):
 
     @property
     def resets(self):
-        return True
+        return self.environment.resets
 
     def reset(self, key):
         return self.environment.reset(key)
 
     def observe(self, state):
         return self.environment.observe(state)
+
+
+class AutoReset(Wrapper):
+    """Starts a new process in the step that ends one. The `TimeStep` still says how the old one ended.
+
+    Example:
+      >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
+      >>> environment = bj.environments.TabularEnvironment(mdp)
+      >>> bj.environments.AutoReset(environment).resets
+      True
+    """
+
+    @property
+    def resets(self):
+        return True
 
     def step(self, key, state, action):
         for_step, for_reset = jax.random.split(key)
@@ -53,7 +64,7 @@ class AutoReset(Environment):
         return jax.tree.map(lambda new, old: jax.lax.select_n(ended, old, new), fresh, following), made
 
 
-class TimeLimit(Environment):
+class TimeLimit(Wrapper):
     """Truncates a process after `steps` steps (a number, which may be traced).
 
     The state is (state of the inner environment, steps made). To go on after the limit, put `AutoReset`
@@ -72,7 +83,6 @@ class TimeLimit(Environment):
       True
     """
 
-    environment: Environment
     steps: Int32[Array, ""]
 
     def __init__(self, environment: Environment, steps: Integer[ArrayLike, ""] | Any):
@@ -81,14 +91,6 @@ class TimeLimit(Environment):
         require_setting("steps", steps, 1, "give the number of steps after which to stop", whole=True)
         self.environment = environment
         self.steps = jnp.asarray(steps).astype(jnp.int32)
-
-    @property
-    def action_space(self):
-        return self.environment.action_space
-
-    @property
-    def available(self) -> Bool[Array, "S A"] | None:
-        return self.environment.available
 
     def reset(self, key):
         return self.environment.reset(key), jnp.zeros((), jnp.int32)
@@ -109,7 +111,7 @@ class TimeLimit(Environment):
         )
 
 
-class Continuing(Environment):
+class Continuing(Wrapper):
     """A process that never ends: the end is a state like others, and any action in it leads to a new start.
 
     The lengths of episodes then tell nothing of a reward, and a constant that is added to every reward changes no
@@ -128,19 +130,9 @@ class Continuing(Environment):
       (True, False)
     """
 
-    environment: Environment
-
     def __check_init__(self):
         if self.environment.resets:
             raise InputError("environment: it resets by itself; wrap the one inside, Continuing(environment)")
-
-    @property
-    def action_space(self):
-        return self.environment.action_space
-
-    @property
-    def available(self) -> Bool[Array, "S A"] | None:
-        return self.environment.available
 
     def reset(self, key):
         return self.environment.reset(key), jnp.zeros((), bool)
@@ -167,7 +159,7 @@ class Continuing(Environment):
         return (either(fresh, following), ends), step
 
 
-class Rewarded(Environment):
+class Rewarded(Wrapper):
     """An environment that emits another reward, a function of the step.
 
     Args:
@@ -187,30 +179,11 @@ class Rewarded(Environment):
       1.0
     """
 
-    environment: Environment
     function: Callable
 
     def __init__(self, environment: Environment, function: Callable):
         self.environment = environment
         self.function = as_pytree("function", function)
-
-    @property
-    def action_space(self):
-        return self.environment.action_space
-
-    @property
-    def available(self) -> Bool[Array, "S A"] | None:
-        return self.environment.available
-
-    @property
-    def resets(self):
-        return self.environment.resets
-
-    def reset(self, key):
-        return self.environment.reset(key)
-
-    def observe(self, state):
-        return self.environment.observe(state)
 
     def step(self, key, state, action):
         before = self.environment.observe(state)

@@ -14,7 +14,7 @@ from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.functions import Zero
 from bilevel_jax.core.validation import as_float, as_size, require_fraction
 from bilevel_jax.environments import Environment, Trajectory, random_segments, require_every_action
-from bilevel_jax.mdp.regularizers import KLDivergence, ShannonEntropy
+from bilevel_jax.mdp.regularizers import KLDivergence, Regularizer, ShannonEntropy
 from bilevel_jax.preferences.bradley_terry import log_likelihood, segment_return
 from bilevel_jax.preferences.likelihood import outcome_scores
 from bilevel_jax.preferences.segments import Segments, relabelled
@@ -62,7 +62,7 @@ class PreferenceProblem(SampledProblem):
     environment: Environment
     model: Any
     teacher: Teacher | ScriptedTeacher
-    _regularizer: ShannonEntropy | KLDivergence
+    _regularizer: Regularizer
     discount: Float[Array, ""]
     loss_discount: Float[Array, ""]
     length: int = eqx.field(static=True)
@@ -86,7 +86,7 @@ class PreferenceProblem(SampledProblem):
         require_every_action(environment, "PreferenceProblem")
         self.environment, self.model = environment, model
         self.teacher = Teacher() if teacher is None else teacher
-        self._regularizer = require_entropy(regularizer)  # type: ignore[assignment]
+        self._regularizer = require_entropy(regularizer)
         self.discount = as_float("discount", discount, float)
         require_fraction("discount", self.discount, "for long horizons use e.g. 0.999")
         self.loss_discount = jnp.ones_like(self.discount)

@@ -11,7 +11,7 @@ import pytest
 import bilevel_jax as bj
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.base import State
-from bilevel_jax.algorithms.labels.base import Fit, fitted_losses
+from bilevel_jax.algorithms.labels.base import LabelMemory, fitted_losses
 from bilevel_jax.algorithms.sampled.base import Learned
 from bilevel_jax.core.errors import RequirementError
 from bilevel_jax.environments import TabularPolicy
@@ -73,7 +73,7 @@ def some_x(of, seed=3):
 
 def state_of(algorithm, x):
     own = algorithm.init_own(KEY, x)
-    memory = Learned(jnp.zeros(()), Fit(None, own))
+    memory = Learned(jnp.zeros(()), LabelMemory(None, own))
     return State(x, memory, None, jnp.asarray(0)), own
 
 

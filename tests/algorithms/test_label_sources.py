@@ -12,7 +12,7 @@ from scipy.special import expit
 
 import bilevel_jax as bj
 from bilevel_jax.agents import Agent
-from bilevel_jax.algorithms.labels.sources import FreshLabels, GivenLabels, Seen, SyntheticLabels, segments_of
+from bilevel_jax.algorithms.labels.sources import AgentSegments, FreshLabels, GivenLabels, SyntheticLabels, segments_of
 from bilevel_jax.environments import AutoReset, Categorical, Continuing, Policy, Rewarded, TimeLimit
 from bilevel_jax.networks import MLP, Ensemble, RewardNetwork
 from bilevel_jax.preferences import PreferenceProblem, Preferences, Segments
@@ -333,7 +333,7 @@ def numbered(labels, number, problem, x):
         reward=jnp.asarray(rng.normal(size=shape)),
         state=shown_states(problem, shape),
     )
-    return Seen(problem, x, segments)
+    return AgentSegments(problem, x, segments)
 
 
 def shown_states(problem, shape):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from bilevel_jax.agents.processes import simulator
 from bilevel_jax.algorithms.base import State
-from bilevel_jax.algorithms.labels.sources import Labels, Seen, segments_of
+from bilevel_jax.algorithms.labels.sources import AgentSegments, Labels, segments_of
 from bilevel_jax.algorithms.sampled.base import Learned, SampledAlgorithm, SampledEstimate
 from bilevel_jax.environments import Policy, Trajectory, collect, start_processes
 from bilevel_jax.preferences import (
@@ -24,17 +24,18 @@ from bilevel_jax.preferences import (
 )
 from bilevel_jax.preferences.problem import PreferenceProblem
 
+# The numbers of `at_the_end`.
 HELD_OUT = ("held_out_decisions", "held_out_outcomes", "held_out_error", "held_out_pairs")
 
 
-class Fit(eqx.Module):
+class LabelMemory(eqx.Module):
     """The memory of an algorithm on labels: the state of the labels, and what the method itself carries."""
 
     labels: Any
     own: Any
 
 
-class Fitted(eqx.Module):
+class LabelEstimate(eqx.Module):
     """The result of `fit`: the loss on a minibatch and its gradient in x, what the method carries on, and further
     numbers by name.
     """
@@ -69,7 +70,7 @@ class LabelAlgorithm(SampledAlgorithm):
         return None
 
     @abc.abstractmethod
-    def fit(self, key: PRNGKeyArray, state: State, own: Any, data: Preferences) -> Fitted:
+    def fit(self, key: PRNGKeyArray, state: State, own: Any, data: Preferences) -> LabelEstimate:
         """Return the loss and its gradient on a minibatch, at state.x, where the agent has improved already."""
 
     def init_own(self, key: PRNGKeyArray, x: Any) -> Any:
@@ -92,14 +93,14 @@ class LabelAlgorithm(SampledAlgorithm):
 
         if self.warm_up:
             agent = jax.lax.scan(improve, agent, jax.random.split(for_warm_up, self.warm_up))[0]
-        return Learned(agent, Fit(labels, own))
+        return Learned(agent, LabelMemory(labels, own))
 
     def estimate_from_samples(self, key, state):
         for_batch, for_fit, for_fresh, for_labels = jax.random.split(key, 4)
         memory, policy = state.memory.estimator, self.policy(state)
         labels = memory.labels
         if self.labels.fresh_segments:
-            seen = Seen(self.problem, state.x, self._fresh(for_fresh, policy))
+            seen = AgentSegments(self.problem, state.x, self._fresh(for_fresh, policy))
             labels = self.labels.update(for_labels, labels, state.iteration, seen)
         data = self.labels.train(labels)
         # Places that hold no pair yet are not drawn.
@@ -111,7 +112,7 @@ class LabelAlgorithm(SampledAlgorithm):
         return SampledEstimate(
             value=made.loss,
             gradient=made.gradient,
-            memory=Fit(labels, made.own),
+            memory=LabelMemory(labels, made.own),
             effective_sample_size=jnp.asarray(float(self.batch)),
             reports=reports,
         )
@@ -197,6 +198,13 @@ def weighted_loss(data: Preferences, scores: Float[Array, "N H"], rationality: A
     """The mean loss of a minibatch; pairs that were skipped were not drawn, unless all were."""
     losses = pair_losses(data, scores, rationality)
     return jnp.mean(jnp.where(data.weight > 0, losses, 0))
+
+
+def mean_square(scores: Float[Array, "*members N H"], data: Preferences) -> Float[Array, ""]:
+    """Return the mean square of the rewards of steps, summed over the members of an ensemble."""
+    valid = data.segments.valid
+    total = jnp.sum(jnp.where(valid, scores.reshape(-1, *valid.shape) ** 2, 0))
+    return total / jnp.maximum(jnp.sum(valid), 1).astype(scores.dtype)
 
 
 def _alone(data: Preferences) -> Preferences:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from bilevel_jax.agents import ExactAgent
 from bilevel_jax.agents.deep.actors import CategoricalActor, require_log_policy
 from bilevel_jax.agents.deep.learning import Optimizer
-from bilevel_jax.algorithms.labels.base import Fitted, LabelAlgorithm
+from bilevel_jax.algorithms.labels.base import LabelAlgorithm, LabelEstimate
 from bilevel_jax.algorithms.labels.sources import FreshLabels, Labels
 from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.upper import UpperLevel
@@ -72,7 +72,7 @@ class Contrastive(LabelAlgorithm):
         value, gradient = jax.value_and_grad(loss)(own.params)
         params, optimizer_state, _ = self.optimizer.update(gradient, own.optimizer_state, own.params, state.iteration)
         nothing = optax.tree.zeros_like(state.x)
-        return Fitted(value, nothing, ContrastiveState(params, optimizer_state))
+        return LabelEstimate(value, nothing, ContrastiveState(params, optimizer_state))
 
     def _loss(self, data: Preferences, scores: Float[Array, "N H"]) -> Float[Array, ""]:
         """The loss in which the worse segment counts `bias` times: what is not in the data does not get likely."""

@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Float
 
 from bilevel_jax.agents import Agent
-from bilevel_jax.algorithms.labels.base import Fitted, LabelAlgorithm, weighted_loss
+from bilevel_jax.algorithms.labels.base import LabelAlgorithm, LabelEstimate, mean_square, weighted_loss
 from bilevel_jax.algorithms.labels.sources import FreshLabels, Labels
 from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.sampled.base import as_agent
@@ -26,13 +26,12 @@ class DRLHF(LabelAlgorithm):
         def loss(x):
             scores = self.problem.member_scores(x, data.segments)
             each = jax.vmap(lambda one: weighted_loss(data, one, 1.0))(scores)
-            valid = data.segments.valid
-            size = jnp.sum(jnp.where(valid, scores**2, 0)) / jnp.maximum(jnp.sum(valid), 1).astype(scores.dtype)
-            return jnp.sum(each) + self.ridge.astype(scores.dtype) * size, jnp.mean(each)
+            price = self.ridge.astype(scores.dtype) * mean_square(scores, data)
+            return jnp.sum(each) + price, jnp.mean(each)
 
         # Each member is drawn and fitted on its own; the sum over them is one gradient for each.
         (_, value), gradient = jax.value_and_grad(loss, has_aux=True)(state.x)
-        return Fitted(value, gradient, own)
+        return LabelEstimate(value, gradient, own)
 
 
 def drlhf(

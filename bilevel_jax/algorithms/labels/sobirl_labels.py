@@ -10,7 +10,13 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from bilevel_jax.agents import Agent
-from bilevel_jax.algorithms.labels.base import Fitted, LabelAlgorithm, as_trajectories, weighted_loss
+from bilevel_jax.algorithms.labels.base import (
+    LabelAlgorithm,
+    LabelEstimate,
+    as_trajectories,
+    mean_square,
+    weighted_loss,
+)
 from bilevel_jax.algorithms.labels.sources import FreshLabels, Judging, Labels
 from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.sampled.base import as_agent
@@ -48,7 +54,7 @@ class SoBiRLOnLabels(LabelAlgorithm):
             zip(("direct_norm", "implicit_norm", "cosine"), compare(direct, implicit), strict=True)
         )
         gradient = optax.tree.add(gradient, self._shrinking(state.x, data))
-        return Fitted(loss, gradient, own, norms)
+        return LabelEstimate(loss, gradient, own, norms)
 
     @property
     def _decides(self) -> bool:
@@ -92,9 +98,7 @@ class SoBiRLOnLabels(LabelAlgorithm):
     def _shrinking(self, x: Any, data: Preferences) -> Any:
         def price(x):
             scores = self.problem.member_scores(x, data.segments)
-            valid = data.segments.valid
-            total = jnp.sum(jnp.where(valid, scores**2, 0)) / jnp.maximum(jnp.sum(valid), 1).astype(scores.dtype)
-            return self.ridge.astype(scores.dtype) * total
+            return self.ridge.astype(scores.dtype) * mean_square(scores, data)
 
         return jax.grad(price)(x)
 

@@ -47,10 +47,10 @@ class Labels(eqx.Module):
     """
 
     @abc.abstractmethod
-    def init(self, key: PRNGKeyArray, problem: PreferenceProblem, policy: Policy, x: Any) -> Any:
-        """Return the state at the start; `policy` is the agent's then."""
+    def init(self, key: PRNGKeyArray, problem: PreferenceProblem, policy: Policy | None, x: Any) -> Any:
+        """Return the state at the start. `policy` is the agent's then; labels that are not fresh need none."""
 
-    def update(self, key: PRNGKeyArray, state: Any, iteration: Int32[Array, ""], seen: "Seen") -> Any:
+    def update(self, key: PRNGKeyArray, state: Any, iteration: Int32[Array, ""], seen: "AgentSegments") -> Any:
         """Return the state after an iteration, in which `seen` happened. By default nothing is added."""
         del key, iteration, seen
         return state
@@ -69,7 +69,7 @@ class Labels(eqx.Module):
         return 0
 
 
-class Seen(eqx.Module):
+class AgentSegments(eqx.Module):
     """What the agent did in an iteration: `segments` of its trajectories, and the problem with its x."""
 
     problem: PreferenceProblem
@@ -77,7 +77,7 @@ class Seen(eqx.Module):
     segments: Segments
 
 
-class Fixed(eqx.Module):
+class FixedPairs(eqx.Module):
     """The state of labels that never change: pairs to fit, and pairs that are held out."""
 
     train: Preferences
@@ -103,7 +103,7 @@ class GivenLabels(Labels):
 
     def init(self, key, problem, policy, x):
         del key, problem, policy, x
-        return Fixed(self.pairs, self.others)
+        return FixedPairs(self.pairs, self.others)
 
     def train(self, state):
         return state.train
@@ -247,7 +247,7 @@ class SyntheticLabels(Labels):
         # A place where nothing could be cut is no pair.
         found = cut_found[data.pairs[:, 0]] & cut_found[data.pairs[:, 1]]
         data = eqx.tree_at(lambda data: data.weight, data, jnp.where(found, data.weight, 0))
-        return Fixed(_range(data, 0, self.count), _range(data, self.count, pairs))
+        return FixedPairs(_range(data, 0, self.count), _range(data, self.count, pairs))
 
     def train(self, state):
         return state.train
@@ -278,7 +278,7 @@ class SyntheticLabels(Labels):
         return merge_axes(shown)
 
 
-class Asked(eqx.Module):
+class FreshPairs(eqx.Module):
     """The state of `FreshLabels`: the pairs so far, and the number of labels asked for."""
 
     buffer: PreferenceBuffer
@@ -354,7 +354,7 @@ class FreshLabels(Labels):
         shown = collect(keys[0], start_processes(keys[1], environment, count), policy, steps, with_states=True)[1]
         segments = segments_of(keys[2], problem, shown, 2 * self.first)[0]
         data = self._asked(keys[3], segments, self._pairs(self.first), jnp.zeros((), jnp.int32))
-        return Asked(PreferenceBuffer(data, self.capacity).add(data), jnp.asarray(self.first, jnp.int32))
+        return FreshPairs(PreferenceBuffer(data, self.capacity).add(data), jnp.asarray(self.first, jnp.int32))
 
     def update(self, key, state, iteration, seen):
         for_pairs, for_labels = jax.random.split(key)
@@ -371,7 +371,7 @@ class FreshLabels(Labels):
             pairs = pairs[select(for_pairs, unsure, self.count)]
         more = state.buffer.add(self._asked(for_labels, seen.segments, pairs, iteration))
         kept = jax.tree.map(lambda new, old: _where(now, new, old), more, state.buffer)
-        return Asked(kept, state.labels + jnp.where(now, self.count, 0).astype(jnp.int32))
+        return FreshPairs(kept, state.labels + jnp.where(now, self.count, 0).astype(jnp.int32))
 
     def train(self, state):
         return state.buffer.preferences()

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.agents import Agent, SoftPQN
 from bilevel_jax.agents.processes import simulator, take
-from bilevel_jax.algorithms.labels.base import Fitted, LabelAlgorithm, weighted_loss
+from bilevel_jax.algorithms.labels.base import LabelAlgorithm, LabelEstimate, weighted_loss
 from bilevel_jax.algorithms.labels.sources import FreshLabels, Labels
 from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.upper import UpperLevel
@@ -62,7 +62,7 @@ class VirtualStep(LabelAlgorithm):
             return weighted_loss(data, scores, self.problem.rationality(x).astype(scores.dtype))
 
         value, gradient = jax.value_and_grad(loss)(state.x)
-        return Fitted(value, gradient, own)
+        return LabelEstimate(value, gradient, own)
 
     @property
     def own_steps(self):

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from bilevel_jax.algorithms.labels.base import HELD_OUT
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.results import MESSAGES, Result
 from bilevel_jax.core.saving import flat_names
@@ -31,8 +32,6 @@ from bilevel_jax.preferences import verdict_of
 SAMPLED = tuple(f"{name}{part}" for name in ("objective", "return", "greedy_return") for part in ("", "_low", "_high"))[
     1:
 ]
-# What runs on labels end with beside it.
-HELD_OUT = ("held_out_decisions", "held_out_outcomes", "held_out_error", "held_out_pairs")
 # What the progress bar shows of an agent, where it reports it.
 WATCHED = {
     "agent_episode_return": "return",

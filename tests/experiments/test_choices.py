@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("as_from_the_shell")
 GARNET = "problem: {name: garnet, states: 4, actions: 2, branching: 2, discount: 0.6, horizon: 10}\niterations: 2\n"
 # Algorithms on labels have a problem of their own.
 LEARNED = "problem: {name: preference_learning, task: four_rooms, width: 8, length: 3, horizon: 12}\niterations: 2\n"
-ON_LABELS = ("contrastive", "drlhf", "sobirl_labels", "virtual_step")
+ON_LABELS = ("contrastive", "drlhf", "pbrl_labels", "sobirl_labels", "virtual_step")
 # Options that have no default.
 GIVEN = {
     "neumann": "terms: 3",
@@ -45,6 +45,7 @@ GIVEN = {
     "by_visits": "schedule: polynomial",
     "box": "lower: -1.0, upper: 1.0",
     "sobirl_labels": "batch: 4, warm_up: 1, response: {name: nested_rollouts, length: 3}",
+    "pbrl_labels": "batch: 4, warm_up: 1",
     "virtual_step": "batch: 4, warm_up: 1",
     "synthetic_labels": "count: 8, held_out: 8, improvements: 1, shares: 2, processes: 4",
 }

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int32, Integer, PRNGKeyArray, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Int32, Integer, PRNGKeyArray, Real
 
 from bilevel_jax.core.errors import InputError
 from bilevel_jax.core.validation import (
@@ -274,27 +274,78 @@ class PreferenceBuffer(eqx.Module):
         items = jax.eval_shape(lambda like: _items(like, self.sources), like)
         self.ring = init(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), items), capacity)
 
-    def add(self, preferences: Preferences) -> "PreferenceBuffer":
-        """Return the buffer with more pairs, 1 to `capacity`; the last one is the newest.
+    def add(self, preferences: Preferences, when: Bool[Array, ""] | bool = True) -> "PreferenceBuffer":
+        """Return the buffer with more pairs, 1 to `capacity`; the last one is the newest. Where `when` is False, which
+        may be traced, nothing is added.
 
         Raises:
           InputError: segments of another kind, too many pairs, or a source that the buffer does not know.
         """
-        return eqx.tree_at(lambda buffer: buffer.ring, self, add(self.ring, _items(preferences, self.sources)))
+        return eqx.tree_at(lambda buffer: buffer.ring, self, add(self.ring, _items(preferences, self.sources), when))
+
+    @property
+    def judged(self) -> Int32[Array, ""]:
+        """The number of pairs that have a weight."""
+        return jnp.sum(self.ring.items["weight"] > 0, dtype=jnp.int32)
+
+    def draw(self, key: PRNGKeyArray, count: int) -> Preferences:
+        """Return `count` pairs (static) drawn from those that have a weight, with replacement; only these are copied.
+        If there are none, they have weight 0.
+
+        Example:
+          >>> segments = bj.preferences.Segments(jnp.zeros((3, 5)), jnp.zeros((3, 5)), valid=jnp.ones((3, 5), bool))
+          >>> data = bj.preferences.Preferences(segments, [[0, 1], [1, 2]], [1.0, 0.0])
+          >>> buffer = bj.preferences.PreferenceBuffer(data, capacity=100).add(data)
+          >>> buffer.draw(jax.random.key(0), 4).count
+          4
+        """
+        places = _places(key, self.ring.items["weight"], count)
+        return self._of(jax.tree.map(lambda leaf: leaf[places], self.ring.items))
 
     def preferences(self) -> Preferences:
         """All places as a data set of `capacity` pairs, newest first; those not yet filled have weight 0."""
         items, here = latest(self.ring)
-        number = jnp.arange(self.ring.capacity, dtype=jnp.int32)
+        label, weight = jnp.where(here, items["label"], TIE), jnp.where(here, items["weight"], 0)
+        return self._of({**items, "label": label, "weight": weight})
+
+    def _of(self, items: dict[str, Any]) -> Preferences:
+        count = items["label"].shape[0]
+        number = jnp.arange(count, dtype=jnp.int32)
         return Preferences(
             _joined([items["first"], items["second"]]),
-            jnp.stack([number, number + self.ring.capacity], -1),
-            jnp.where(here, items["label"], TIE),
-            jnp.where(here, items["weight"], 0),
+            jnp.stack([number, number + count], -1),
+            items["label"],
+            items["weight"],
             items["source"],
             items["iteration"],
             self.sources,
         )
+
+
+def draw(key: PRNGKeyArray, preferences: Preferences, count: int) -> Preferences:
+    """Return `count` pairs (static) drawn from those that have a weight, with replacement, and only their segments: pair
+    p is of segments p and count + p. If no pair has a weight, those that are drawn have none. It works inside jit.
+
+    Example:
+      >>> segments = bj.preferences.Segments(jnp.zeros((3, 5)), jnp.zeros((3, 5)), valid=jnp.ones((3, 5), bool))
+      >>> data = bj.preferences.Preferences(segments, [[0, 1], [1, 2]], [1.0, 0.0])
+      >>> bj.preferences.draw(jax.random.key(0), data, 4).pairs.tolist()
+      [[0, 4], [1, 5], [2, 6], [3, 7]]
+    """
+    drawn = subset(preferences, _places(key, preferences.weight, count))
+    sides = jnp.concatenate([drawn.pairs[:, 0], drawn.pairs[:, 1]])
+    segments = jax.tree.map(lambda leaf: leaf[sides], drawn.segments)
+    number = jnp.arange(count, dtype=jnp.int32)
+    pairs = jnp.stack([number, number + count], -1)
+    return eqx.tree_at(lambda data: (data.segments, data.pairs), drawn, (segments, pairs))
+
+
+def _places(key: PRNGKeyArray, weight: Float[Array, " P"], count: int) -> Int32[Array, " count"]:
+    """Places [count], drawn evenly from those that have a weight, or from all if none has."""
+    chance = (weight > 0).astype(weight.dtype)
+    chance = jnp.where(jnp.any(chance > 0), chance, 1)
+    index = jax.random.choice(key, weight.shape[0], (count,), p=chance / jnp.sum(chance))
+    return index.astype(jnp.int32)
 
 
 def _items(preferences: Preferences, sources: tuple[str, ...]) -> dict[str, Any]:

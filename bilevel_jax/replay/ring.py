@@ -58,10 +58,11 @@ def init(item: Any, capacity: int) -> Ring:
     return Ring(items, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
-def add(ring: Ring, items: Any) -> Ring:
+def add(ring: Ring, items: Any, when: Bool[Array, ""] | bool = True) -> Ring:
     """The ring with N more items, a pytree with leaves [N, ...]; the last one is the newest.
 
-    Under jit, donate the ring, or carry it through a loop: it is then written in place and not copied.
+    Under jit, donate the ring, or carry it through a loop: it is then written in place and not copied. Where `when` is
+    False nothing is written; it may be traced, and the ring is not copied for it either.
 
     Raises:
       InputError: leaves of other shapes or dtypes than the ring's; no leading axis [N], N from 1 to the capacity.
@@ -72,15 +73,19 @@ def add(ring: Ring, items: Any) -> Ring:
       (2, [1.0, 2.0, 0.0])
     """
     count = _count(ring, items)
-    places = (ring.next + jnp.arange(count, dtype=jnp.int32)) % ring.capacity
+    number = jnp.arange(count, dtype=jnp.int32)
+    places = (ring.next + number) % ring.capacity
+    # Places beyond the end are not written; each has a number of its own, as places are said to be unique.
+    places = places if when is True else jnp.where(when, places, ring.capacity + number)
 
     def write(old: jax.Array, new: Any) -> jax.Array:
-        return old.at[places].set(new, unique_indices=True, mode="promise_in_bounds")
+        return old.at[places].set(new, unique_indices=True, mode="promise_in_bounds" if when is True else "drop")
 
+    added = count if when is True else jnp.where(when, count, 0).astype(jnp.int32)
     return Ring(
         jax.tree.map(write, ring.items, items),
-        (ring.next + count) % ring.capacity,
-        jnp.minimum(ring.size + count, ring.capacity),
+        (ring.next + added) % ring.capacity,
+        jnp.minimum(ring.size + added, ring.capacity),
     )
 
 

@@ -96,6 +96,23 @@ def test_a_donated_ring_is_written_in_place():
     assert memory.temp_size_in_bytes < 100_000
 
 
+def test_what_is_added_only_where_it_is_time():
+    """Against a Python choice, with a flag that is traced and differs in a batch; it wraps around."""
+    flags = [[True, False], [False, False], [True, True], [True, False]]
+    rings = jax.vmap(lambda _: replay.init(jnp.zeros(()), 5))(jnp.arange(2))
+    lists = [replay.init(jnp.zeros(()), 5) for _ in range(2)]
+    for number, pair in enumerate(flags):
+        items = 10.0 * number + jnp.arange(3.0)
+        rings = jax.jit(jax.vmap(lambda ring, when, items=items: replay.add(ring, items, when)))(
+            rings, jnp.asarray(pair)
+        )
+        lists = [replay.add(ring, items) if when else ring for ring, when in zip(lists, pair, strict=True)]
+        for place, ring in enumerate(lists):
+            one = jax.tree.map(lambda leaf, place=place: leaf[place], rings)
+            assert one.items.tolist() == ring.items.tolist()
+            assert (int(one.next), int(one.size)) == (int(ring.next), int(ring.size))
+
+
 def test_gradients_pass_to_what_was_added():
     ring = replay.init(jnp.zeros(()), 4)
     gradient = jax.grad(lambda v: jnp.sum(replay.latest(replay.add(ring, v))[0] * jnp.arange(4.0)))(jnp.ones(3))

@@ -20,7 +20,6 @@ from bilevel_jax.preferences import (
     fit_rationality,
     gains,
     pair_losses,
-    subset,
 )
 from bilevel_jax.preferences.problem import PreferenceProblem
 
@@ -102,13 +101,9 @@ class LabelAlgorithm(SampledAlgorithm):
         if self.labels.fresh_segments:
             seen = AgentSegments(self.problem, state.x, self._fresh(for_fresh, policy))
             labels = self.labels.update(for_labels, labels, state.iteration, seen)
-        data = self.labels.train(labels)
-        # Places that hold no pair yet are not drawn.
-        chance = (data.weight > 0).astype(data.weight.dtype)
-        chance = jnp.where(jnp.any(chance > 0), chance, 1)
-        index = jax.random.choice(for_batch, data.count, (self.batch,), p=chance / jnp.sum(chance))
-        made = self.fit(for_fit, state, memory.own, _alone(subset(data, index.astype(jnp.int32))))
-        reports = {"labels": jnp.sum(data.weight > 0).astype(made.loss.dtype), **made.reports}
+        data = self.labels.draw(for_batch, labels, self.batch)
+        made = self.fit(for_fit, state, memory.own, data)
+        reports = {"labels": self.labels.judged(labels).astype(made.loss.dtype), **made.reports}
         return SampledEstimate(
             value=made.loss,
             gradient=made.gradient,
@@ -205,13 +200,3 @@ def mean_square(scores: Float[Array, "*members N H"], data: Preferences) -> Floa
     valid = data.segments.valid
     total = jnp.sum(jnp.where(valid, scores.reshape(-1, *valid.shape) ** 2, 0))
     return total / jnp.maximum(jnp.sum(valid), 1).astype(scores.dtype)
-
-
-def _alone(data: Preferences) -> Preferences:
-    """The pairs with their own segments only, pair p of segments p and P + p."""
-    segments = jax.tree.map(
-        lambda leaf: jnp.concatenate([leaf[data.pairs[:, 0]], leaf[data.pairs[:, 1]]]), data.segments
-    )
-    number = jnp.arange(data.count, dtype=jnp.int32)
-    pairs = jnp.stack([number, number + data.count], -1)
-    return eqx.tree_at(lambda data: (data.segments, data.pairs), data, (segments, pairs))

@@ -27,6 +27,7 @@ from bilevel_jax.preferences import (
     cut_segments,
     decision_scores,
     disagreement,
+    draw,
     gains,
     labelled,
     select,
@@ -58,6 +59,14 @@ class Labels(eqx.Module):
     @abc.abstractmethod
     def train(self, state: Any) -> Preferences:
         """Return the pairs to fit."""
+
+    def draw(self, key: PRNGKeyArray, state: Any, count: int) -> Preferences:
+        """Return a minibatch of the pairs to fit, as `preferences.draw` does."""
+        return draw(key, self.train(state), count)
+
+    def judged(self, state: Any) -> Int32[Array, ""]:
+        """Return how many pairs to fit have a label."""
+        return jnp.sum(self.train(state).weight > 0, dtype=jnp.int32)
 
     @abc.abstractmethod
     def held_out(self, state: Any) -> Preferences | None:
@@ -369,12 +378,18 @@ class FreshLabels(Labels):
             unsure = disagreement(seen.problem.rationality(seen.x).astype(gain.dtype) * gain)
             unsure = jnp.where(_whole(seen.segments, pairs), unsure, -jnp.inf)
             pairs = pairs[select(for_pairs, unsure, self.count)]
-        more = state.buffer.add(self._asked(for_labels, seen.segments, pairs, iteration))
-        kept = jax.tree.map(lambda new, old: _where(now, new, old), more, state.buffer)
-        return FreshPairs(kept, state.labels + jnp.where(now, self.count, 0).astype(jnp.int32))
+        buffer = state.buffer.add(self._asked(for_labels, seen.segments, pairs, iteration), now)
+        return FreshPairs(buffer, state.labels + jnp.where(now, self.count, 0).astype(jnp.int32))
 
     def train(self, state):
         return state.buffer.preferences()
+
+    # The buffer may be large: it is neither sorted nor copied for a minibatch.
+    def draw(self, key, state, count):
+        return state.buffer.draw(key, count)
+
+    def judged(self, state):
+        return state.buffer.judged
 
     def held_out(self, state):
         return None
@@ -424,7 +439,3 @@ def _whole(segments: Segments, pairs: Int32[Array, "P 2"]) -> Bool[Array, " P"]:
     """Whether both segments of a pair were found: where nothing could be cut, no step is valid."""
     found = jnp.any(segments.valid, 1)
     return found[pairs[:, 0]] & found[pairs[:, 1]]
-
-
-def _where(now: Bool[Array, ""], new: Any, old: Any) -> Any:
-    return jax.lax.select_n(now, old, new)

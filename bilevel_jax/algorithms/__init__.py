@@ -5,9 +5,10 @@ from bilevel_jax.algorithms.base import Algorithm, Estimate, Info, Report, State
 from bilevel_jax.algorithms.basin_hopping import basin_hopping
 from bilevel_jax.algorithms.labels.contrastive import contrastive
 from bilevel_jax.algorithms.labels.drlhf import drlhf
+from bilevel_jax.algorithms.labels.fresh import FreshLabels
 from bilevel_jax.algorithms.labels.pbrl_labels import pbrl_labels
 from bilevel_jax.algorithms.labels.sobirl_labels import sobirl_labels
-from bilevel_jax.algorithms.labels.sources import FileLabels, FreshLabels, GivenLabels, Labels, SyntheticLabels
+from bilevel_jax.algorithms.labels.sources import FileLabels, GivenLabels, Labels, SyntheticLabels
 from bilevel_jax.algorithms.labels.virtual_step import virtual_step
 from bilevel_jax.algorithms.model.amd import amd
 from bilevel_jax.algorithms.model.implicit import implicit

@@ -8,21 +8,20 @@ Where it says no, 1, 2, 4, ... further steps follow without any look, each such 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from bilevel_jax.core.arrays import Count, Flag, Scalar
 from bilevel_jax.core.results import Result
 from bilevel_jax.core.rounding import LEAST_BURST, PATIENCE
 
+Made = TypeVar("Made")
 
-def only_if(
-    condition: Flag, make: Callable[[], Float[Array, "*shape"]], otherwise: Float[Array, "*shape"]
-) -> Float[Array, "*shape"]:
-    """Return `make()` where a condition holds, and `otherwise` elsewhere.
+
+def only_if(condition: Flag, make: Callable[[], Made], otherwise: Made) -> Made:
+    """Return `make()`, a pytree of arrays, where a condition holds, and `otherwise`, one of the same shapes, elsewhere.
 
     It is a loop of at most one round rather than a conditional: where vmap advances a batch, a loop is skipped unless
     an element needs it, while a conditional would compute both branches.

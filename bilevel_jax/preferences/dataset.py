@@ -323,8 +323,9 @@ class PreferenceBuffer(eqx.Module):
 
 
 def draw(key: PRNGKeyArray, preferences: Preferences, count: int) -> Preferences:
-    """Return `count` pairs (static) drawn from those that have a weight, with replacement, and only their segments: pair
-    p is of segments p and count + p. If no pair has a weight, those that are drawn have none. It works inside jit.
+    """Return `count` pairs (static) drawn from those that have a weight, with replacement, and only their segments.
+
+    Pair p is of segments p and count + p. If no pair has a weight, those that are drawn have none. It works inside jit.
 
     Example:
       >>> segments = bj.preferences.Segments(jnp.zeros((3, 5)), jnp.zeros((3, 5)), valid=jnp.ones((3, 5), bool))

@@ -16,8 +16,9 @@ from bilevel_jax.environments.classic import Acrobot, CartPole, GridWalk, Mounta
 from bilevel_jax.mdp.regularizers import ShannonEntropy
 from bilevel_jax.networks import MLP, Ensemble, RewardNetwork, Scaled
 from bilevel_jax.preferences import PreferenceProblem, ScriptedTeacher
-from bilevel_jax.problems.options import MOST_STEPS, MOST_WIDTH, as_positive, require_size
+from bilevel_jax.problems.options import MOST_STEPS, MOST_WIDTH, as_positive, refuse_unused, require_size
 from bilevel_jax.problems.registry import register
+from bilevel_jax.problems.simulators import of_gymnax
 
 MOST_MEMBERS = 100
 
@@ -30,6 +31,9 @@ class PreferenceLearningOptions:
       step leads to a new start. The true reward is a function of the next state that the learner does not see.
     dynamics: "usual", or a change of gravity, lengths, masses or walls: "mild", "heavy", "other" or "reversed"; see
       `preference_learning.TASKS`.
+    gymnax: the name of an environment of gymnax instead, such as "Breakout-MinAtar", whose own rewards are the true
+      ones. Where a game ends, the next step leads to a new one. It needs the extra gymnax, and only has the usual
+      dynamics.
     inputs: what the learned reward depends on, the "next_state", the "state", or "state_action".
     members: networks of an ensemble, whose mean is the reward.
     width: of the hidden layers of the reward.
@@ -39,6 +43,7 @@ class PreferenceLearningOptions:
     length: steps of a segment.
     horizon: steps of an episode, when agents are evaluated; 0 is the task's own.
     rationality: of the teacher in the loss of algorithms that have no labels of their own.
+    true_reward: the agent earns the true reward, and x has no effect: with `agent_alone` the most that can be learned.
     saved: the final.npz of a finished run, whose learned reward is the start; with `agent_alone` an agent is trained on
       it. The network's options are those of that run, the dynamics may be others.
     saved_run: the place of the run in that file.
@@ -46,6 +51,7 @@ class PreferenceLearningOptions:
 
     task: Literal["cart_pole", "acrobot", "mountain_car", "four_rooms"] = "cart_pole"
     dynamics: Literal["usual", "mild", "heavy", "other", "reversed"] = "usual"
+    gymnax: str = ""
     inputs: Literal["state", "next_state", "state_action"] = "next_state"
     members: int = 1
     width: int = 64
@@ -55,15 +61,25 @@ class PreferenceLearningOptions:
     length: int = 10
     horizon: int = 0
     rationality: float = 10.0
+    true_reward: bool = False
     saved: str = dataclasses.field(default="", metadata={"path": True})
     saved_run: int = 0
 
 
-class Task(NamedTuple):
-    """What is particular to a task.
+class Usual(NamedTuple):
+    """The numbers of an agent's task: `scale` and `offset` bring observations to the order of one."""
 
-    `build` makes the environment from its physics. `reward` is the true reward, of a step. `scale` and `offset` bring
-    observations to the order of one. `dynamics` has the physics by name.
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    discount: float
+    horizon: int
+
+
+class Task(NamedTuple):
+    """What is particular to a task: the fields of `Usual`, and how the environment is made.
+
+    `build` makes the environment from its physics. `reward` is the true reward, of a step. `dynamics` has the physics
+    by name.
     """
 
     build: Callable[..., Environment]
@@ -180,6 +196,10 @@ TASKS = {
 """What is particular to each task, by name."""
 
 
+# Observations of MinAtar are 0 or 1.
+GAME = Usual(scale=(1.0,), offset=(0.0,), discount=0.99, horizon=500)
+
+
 def environment(task: str, dynamics: str = "usual") -> Environment:
     """The environment of a task under some dynamics; it emits the true reward.
 
@@ -193,7 +213,11 @@ def environment(task: str, dynamics: str = "usual") -> Environment:
 
 def _build(options: PreferenceLearningOptions) -> PreferenceProblem:
     require_choices(options)
-    own, simulator = TASKS[options.task], environment(options.task, options.dynamics)
+    if options.gymnax != "":
+        refuse_unused(options, ("task", "dynamics"), "has no effect where gymnax names the environment")
+        own, simulator = GAME, Continuing(of_gymnax(options.gymnax))
+    else:
+        own, simulator = TASKS[options.task], environment(options.task, options.dynamics)
     require_size(options, "width", most=MOST_WIDTH)
     require_size(options, "members", most=MOST_MEMBERS)
     require_size(options, "length", most=MOST_STEPS)
@@ -213,6 +237,9 @@ def _build(options: PreferenceLearningOptions) -> PreferenceProblem:
         horizon=options.horizon or own.horizon,
         centred=True,
     )
+    if options.true_reward:
+        refuse_unused(options, ("saved",), "has no effect where the agent earns the true reward")
+        return problem.with_true_reward()
     if not options.saved:
         return problem
     like = jax.eval_shape(problem.start, jax.random.key(0))

@@ -12,7 +12,8 @@ from scipy.special import expit
 
 import bilevel_jax as bj
 from bilevel_jax.agents import Agent
-from bilevel_jax.algorithms.labels.sources import AgentSegments, FreshLabels, GivenLabels, SyntheticLabels, segments_of
+from bilevel_jax.algorithms.labels.fresh import FreshLabels
+from bilevel_jax.algorithms.labels.sources import AgentSegments, GivenLabels, SyntheticLabels, segments_of
 from bilevel_jax.environments import AutoReset, Categorical, Continuing, Policy, Rewarded, TimeLimit
 from bilevel_jax.networks import MLP, Ensemble, RewardNetwork
 from bilevel_jax.preferences import PreferenceProblem, Preferences, Segments
@@ -95,7 +96,8 @@ def start(labels, problem, key=KEY, slope=0.0, x=None):
 
 @eqx.filter_jit
 def update(labels, key, state, iteration, seen):
-    return labels.update(key, state, jnp.asarray(iteration, jnp.int32), seen)
+    iteration = jnp.asarray(iteration, jnp.int32)
+    return labels.update(key, state, labels.due(state, iteration), iteration, seen)
 
 
 def synthetic(judging="outcomes", key=KEY, **options):
@@ -125,7 +127,7 @@ def test_given_labels_stay_what_they_are():
     labels = GivenLabels(made.train, made.held_out)
     state = labels.init(KEY, problem_of(), None, None)
     assert labels.fresh_segments == 0
-    state = labels.update(KEY, state, jnp.asarray(0, jnp.int32), None)
+    state = update(labels, KEY, state, 0, None)
     assert_same(labels.train(state), made.train)
     assert_same(labels.held_out(state), made.held_out)
     alone = GivenLabels(made.train)
@@ -164,7 +166,9 @@ def test_sizes_and_shapes():
         # Each segment is in one pair: nothing is carried that is in none.
         assert sorted(np.asarray(data.pairs).reshape(-1).tolist()) == list(range(2 * count))
     assert labels.fresh_segments == 0
-    assert labels.update(KEY, state, jnp.asarray(3, jnp.int32), None) is state
+    number = jnp.asarray(3, jnp.int32)
+    assert not labels.due(state, number)
+    assert labels.update(KEY, state, labels.due(state, number), number, None) is state
 
 
 @pytest.mark.parametrize("judging", ["outcomes", "decisions"])
@@ -473,7 +477,7 @@ def test_equal_candidates_are_drawn_by_the_key():
     state, seen = start(labels, problem, x=x), numbered(labels, 1, problem, x)
 
     def chosen(key):
-        data = labels.train(labels.update(key, state, jnp.asarray(0, jnp.int32), seen))
+        data = labels.train(update(labels, key, state, 0, seen))
         return data.segments.observation[:2, 0, 0]
 
     picked = np.asarray(jax.jit(jax.vmap(chosen))(jax.random.split(KEY, 400))).reshape(-1) - 1000

@@ -12,6 +12,7 @@ from bilevel_jax.agents.processes import simulator
 from bilevel_jax.algorithms.base import State
 from bilevel_jax.algorithms.labels.sources import AgentSegments, Labels, segments_of
 from bilevel_jax.algorithms.sampled.base import Learned, SampledAlgorithm, SampledEstimate
+from bilevel_jax.core.rounds import only_if
 from bilevel_jax.environments import Policy, Trajectory, collect, start_processes
 from bilevel_jax.preferences import (
     Preferences,
@@ -99,8 +100,12 @@ class LabelAlgorithm(SampledAlgorithm):
         memory, policy = state.memory.estimator, self.policy(state)
         labels = memory.labels
         if self.labels.fresh_segments:
-            seen = AgentSegments(self.problem, state.x, self._fresh(for_fresh, policy))
-            labels = self.labels.update(for_labels, labels, state.iteration, seen)
+            shape = jax.eval_shape(self._fresh, for_fresh, policy)
+            nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+            due = self.labels.due(labels, state.iteration)
+            segments = only_if(due, lambda: self._fresh(for_fresh, policy), nothing)
+            seen = AgentSegments(self.problem, state.x, segments)
+            labels = self.labels.update(for_labels, labels, due, state.iteration, seen)
         data = self.labels.draw(for_batch, labels, self.batch)
         made = self.fit(for_fit, state, memory.own, data)
         reports = {"labels": self.labels.judged(labels).astype(made.loss.dtype), **made.reports}
@@ -114,7 +119,8 @@ class LabelAlgorithm(SampledAlgorithm):
 
     @property
     def environment_steps(self):
-        fresh = self._fresh_steps if self.labels.fresh_segments else 0
+        # On average, rounded up: segments are drawn where labels are due.
+        fresh = -(-self._fresh_steps // self.labels.period) if self.labels.fresh_segments else 0
         return self.agent.environment_steps(self.problem) + fresh + self.own_steps
 
     @property

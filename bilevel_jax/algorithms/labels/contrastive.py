@@ -12,7 +12,8 @@ from bilevel_jax.agents import ExactAgent
 from bilevel_jax.agents.deep.actors import CategoricalActor, require_log_policy
 from bilevel_jax.agents.deep.learning import Optimizer
 from bilevel_jax.algorithms.labels.base import LabelAlgorithm, LabelEstimate
-from bilevel_jax.algorithms.labels.sources import FreshLabels, Labels
+from bilevel_jax.algorithms.labels.fresh import FreshLabels
+from bilevel_jax.algorithms.labels.sources import Labels
 from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.core.schedules import Schedule

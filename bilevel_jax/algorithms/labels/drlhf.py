@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 
 from bilevel_jax.agents import Agent
 from bilevel_jax.algorithms.labels.base import LabelAlgorithm, LabelEstimate, mean_square, weighted_loss
-from bilevel_jax.algorithms.labels.sources import FreshLabels, Labels
+from bilevel_jax.algorithms.labels.fresh import FreshLabels
+from bilevel_jax.algorithms.labels.sources import Labels
 from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.sampled.base import as_agent
 from bilevel_jax.algorithms.upper import UpperLevel

@@ -17,7 +17,8 @@ from bilevel_jax.algorithms.labels.base import (
     mean_square,
     weighted_loss,
 )
-from bilevel_jax.algorithms.labels.sources import FreshLabels, Judging, Labels
+from bilevel_jax.algorithms.labels.fresh import FreshLabels
+from bilevel_jax.algorithms.labels.sources import Judging, Labels
 from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.sampled.base import as_agent
 from bilevel_jax.algorithms.sampled.sobirl import default_response

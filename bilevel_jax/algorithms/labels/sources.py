@@ -18,7 +18,6 @@ from bilevel_jax.core.sizes import size
 from bilevel_jax.core.validation import as_size
 from bilevel_jax.environments import Policy, Trajectory, collect, start_processes
 from bilevel_jax.preferences import (
-    PreferenceBuffer,
     PreferenceFile,
     Preferences,
     ScriptedTeacher,
@@ -26,11 +25,8 @@ from bilevel_jax.preferences import (
     compacted,
     cut_segments,
     decision_scores,
-    disagreement,
     draw,
-    gains,
     labelled,
-    select,
     split,
     subset,
     wait_for_labels,
@@ -51,9 +47,18 @@ class Labels(eqx.Module):
     def init(self, key: PRNGKeyArray, problem: PreferenceProblem, policy: Policy | None, x: Any) -> Any:
         """Return the state at the start. `policy` is the agent's then; labels that are not fresh need none."""
 
-    def update(self, key: PRNGKeyArray, state: Any, iteration: Int32[Array, ""], seen: "AgentSegments") -> Any:
-        """Return the state after an iteration, in which `seen` happened. By default nothing is added."""
-        del key, iteration, seen
+    def due(self, state: Any, iteration: Int32[Array, ""]) -> Bool[Array, ""]:
+        """Return whether labels are asked for in this iteration. By default they never are."""
+        del state, iteration
+        return jnp.asarray(False)
+
+    def update(
+        self, key: PRNGKeyArray, state: Any, due: Bool[Array, ""], iteration: Int32[Array, ""], seen: "AgentSegments"
+    ) -> Any:
+        """Return the state after an iteration. Where labels are `due`, they are of what was `seen`; elsewhere that is
+        nothing, and the state stays.
+        """
+        del key, due, iteration, seen
         return state
 
     @abc.abstractmethod
@@ -76,6 +81,11 @@ class Labels(eqx.Module):
     def fresh_segments(self) -> int:
         """The number of segments that `update` takes from the agent's own trajectories; 0 if it takes none."""
         return 0
+
+    @property
+    def period(self) -> int:
+        """The number of iterations from one time that labels are due to the next."""
+        return 1
 
 
 class AgentSegments(eqx.Module):
@@ -230,7 +240,7 @@ class SyntheticLabels(Labels):
     ):
         if judging not in ("decisions", "outcomes"):
             raise InputError(f"judging: expected decisions or outcomes, got {judging!r}")
-        self.teacher = _teacher(rationality, discount, mistake, skip, equal)
+        self.teacher = scripted(rationality, discount, mistake, skip, equal)
         self.expert = SoftPQN() if expert is None else expert
         self.least_random = as_unit("least_random", least_random, "0 also shows the expert as it is")
         self.judging = judging
@@ -287,125 +297,8 @@ class SyntheticLabels(Labels):
         return merge_axes(shown)
 
 
-class FreshPairs(eqx.Module):
-    """The state of `FreshLabels`: the pairs so far, and the number of labels asked for."""
-
-    buffer: PreferenceBuffer
-    labels: Int32[Array, ""]
-
-
-class FreshLabels(Labels):
-    """Labels on pairs of segments of the agent's own, asked for while it learns (Christiano et al. 2017).
-
-    At the start `first` pairs come from the agent before it has learned anything; then every `every` iterations
-    `count` more. The last `capacity` pairs are fitted.
-
-    Args:
-      count, every: pairs that are asked about, and every how many iterations (static).
-      first: pairs at the start (static).
-      capacity: of the queue of pairs (static).
-      candidates: how many pairs are drawn for each that is asked about (static). With more than one, those are asked
-        about on which an ensemble disagrees most.
-      budget: after so many labels nothing more is asked; None is without end.
-      rationality, discount, mistake, skip, equal: of the teacher, who judges true rewards; see
-        `preferences.ScriptedTeacher`.
-
-    Raises:
-      InputError: sizes below 1, more pairs at a time than the capacity.
-
-    Example:
-      >>> labels = bj.algorithms.FreshLabels(count=10, every=5, first=100)
-      >>> labels.fresh_segments
-      20
-    """
-
-    teacher: ScriptedTeacher
-    budget: Int32[Array, ""] | None
-    count: int = eqx.field(static=True)
-    every: int = eqx.field(static=True)
-    first: int = eqx.field(static=True)
-    capacity: int = eqx.field(static=True)
-    candidates: int = eqx.field(static=True)
-
-    def __init__(
-        self,
-        count: int = 16,
-        *,
-        every: int = 10,
-        first: int = 100,
-        capacity: int = 3000,
-        candidates: int = 1,
-        budget: int | None = None,
-        rationality: float | None = 1.0,
-        discount: float = 1.0,
-        mistake: float = 0.0,
-        skip: float | None = None,
-        equal: float = 0.0,
-    ):
-        self.teacher = _teacher(rationality, discount, mistake, skip, equal)
-        self.count, self.every, self.first = size("count")(count), size("every")(every), size("first")(first)
-        self.capacity, self.candidates = size("capacity")(capacity), size("candidates")(candidates)
-        self.budget = None if budget is None else jnp.asarray(size("budget")(budget), jnp.int32)
-        if max(self.count, self.first) > self.capacity:
-            raise InputError(
-                f"capacity: {self.capacity} has no room for {max(self.count, self.first)} pairs at a time; enlarge it"
-            )
-
-    @property
-    def fresh_segments(self):
-        return 2 * self.count * self.candidates
-
-    def init(self, key, problem, policy, x):
-        keys = jax.random.split(key, 4)
-        steps = max(problem.horizon, 2 * problem.length)
-        count = -(-2 * 2 * self.first * problem.length // steps)
-        environment = simulator(problem, None)
-        shown = collect(keys[0], start_processes(keys[1], environment, count), policy, steps, with_states=True)[1]
-        segments = segments_of(keys[2], problem, shown, 2 * self.first)[0]
-        data = self._asked(keys[3], segments, self._pairs(self.first), jnp.zeros((), jnp.int32))
-        return FreshPairs(PreferenceBuffer(data, self.capacity).add(data), jnp.asarray(self.first, jnp.int32))
-
-    def update(self, key, state, iteration, seen):
-        for_pairs, for_labels = jax.random.split(key)
-        now = (iteration + 1) % self.every == 0
-        if self.budget is not None:
-            now &= state.labels < self.budget
-        pairs = self._pairs(self.count * self.candidates)
-        if self.candidates > 1:
-            candidates = Preferences(seen.segments, pairs)
-            scores = seen.problem.member_scores(seen.x, seen.segments)
-            gain = jax.vmap(lambda one: gains(candidates, one))(scores)
-            unsure = disagreement(seen.problem.rationality(seen.x).astype(gain.dtype) * gain)
-            unsure = jnp.where(_whole(seen.segments, pairs), unsure, -jnp.inf)
-            pairs = pairs[select(for_pairs, unsure, self.count)]
-        buffer = state.buffer.add(self._asked(for_labels, seen.segments, pairs, iteration), now)
-        return FreshPairs(buffer, state.labels + jnp.where(now, self.count, 0).astype(jnp.int32))
-
-    def train(self, state):
-        return state.buffer.preferences()
-
-    # The buffer may be large: it is neither sorted nor copied for a minibatch.
-    def draw(self, key, state, count):
-        return state.buffer.draw(key, count)
-
-    def judged(self, state):
-        return state.buffer.judged
-
-    def held_out(self, state):
-        return None
-
-    def _pairs(self, count: int) -> Int32[Array, "P 2"]:
-        number = jnp.arange(count, dtype=jnp.int32)
-        return jnp.stack([number, number + count], -1)
-
-    def _asked(self, key: PRNGKeyArray, segments: Segments, pairs: Any, iteration: Any) -> Preferences:
-        data = Preferences(segments, pairs, iteration=iteration, sources=("fresh",))
-        data = labelled(key, self.teacher, data)
-        return eqx.tree_at(lambda data: data.weight, data, jnp.where(_whole(segments, pairs), data.weight, 0))
-
-
-def _teacher(rationality: float | None, discount: Any, mistake: Any, skip: float | None, equal: Any) -> ScriptedTeacher:
-    """The teacher of these numbers; configs write no infinities."""
+def scripted(rationality: float | None, discount: Any, mistake: Any, skip: float | None, equal: Any) -> ScriptedTeacher:
+    """The teacher of these numbers; configs write no infinities, but None."""
     rational = jnp.inf if rationality is None else rationality
     return ScriptedTeacher(rational, discount, mistake, -jnp.inf if skip is None else skip, equal)
 
@@ -433,9 +326,3 @@ def _range(data: Preferences, start: int, end: int) -> Preferences:
     pairs = jnp.stack([number, number + (end - start)], -1)
     label, weight = data.label[start:end], data.weight[start:end]
     return Preferences(segments, pairs, label, weight, sources=data.sources)
-
-
-def _whole(segments: Segments, pairs: Int32[Array, "P 2"]) -> Bool[Array, " P"]:
-    """Whether both segments of a pair were found: where nothing could be cut, no step is valid."""
-    found = jnp.any(segments.valid, 1)
-    return found[pairs[:, 0]] & found[pairs[:, 1]]

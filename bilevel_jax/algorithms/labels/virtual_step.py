@@ -12,7 +12,8 @@ from jaxtyping import Array, Float
 from bilevel_jax.agents import Agent, SoftPQN
 from bilevel_jax.agents.processes import simulator, take
 from bilevel_jax.algorithms.labels.base import LabelAlgorithm, LabelEstimate, weighted_loss
-from bilevel_jax.algorithms.labels.sources import FreshLabels, Labels
+from bilevel_jax.algorithms.labels.fresh import FreshLabels
+from bilevel_jax.algorithms.labels.sources import Labels
 from bilevel_jax.algorithms.registry import register_algorithm
 from bilevel_jax.algorithms.upper import UpperLevel
 from bilevel_jax.core.batching import merge_axes

@@ -64,6 +64,7 @@ NUMERICAL = {
     "test_methods",
     "test_regularizers",
     "test_rounding",
+    "test_small_weights",
     "test_solve",
     "test_solvers",
     "test_told",

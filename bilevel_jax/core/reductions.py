@@ -150,6 +150,13 @@ def is_any(x: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
     return (bits << 1) != 0
 
 
+def is_subnormal(x: Float[Array, "*shape"]) -> Bool[Array, "*shape"]:
+    """Return where an entry is not 0, but below the smallest normal number, by its bits."""
+    wide = x.dtype == jnp.float64
+    magnitude = lax.bitcast_convert_type(x, jnp.uint64 if wide else jnp.uint32) << 1
+    return (magnitude != 0) & (magnitude < (1 << (53 if wide else 24)))
+
+
 def _reduce(x: Float[Array, "*batch N"], combine: Callable, whole: Callable) -> Float[Array, "*batch"]:
     length = x.shape[-1]
     if not 0 < length <= UNROLLED:

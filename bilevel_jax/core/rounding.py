@@ -80,6 +80,15 @@ def full_precision(dtype: Any) -> float:
     return float(jnp.finfo(dtype).tiny) / unit_roundoff(dtype)
 
 
+def least_derivative(actions: int, dtype: Any) -> float:
+    """Return the derivative in a number of the lower level below which digits are lost, see `full_precision`.
+
+    A device takes a weight p of an action for 0 where it is below the smallest normal number. In the derivative in the
+    temperature it counts p log p, and there are as many of them as actions.
+    """
+    return -actions * math.log(float(jnp.finfo(dtype).tiny)) * full_precision(dtype)
+
+
 class Sums(NamedTuple):
     """How the sum of an expectation is rounded: `terms`, the largest number of summands, and `roundings`, how many u a
     sum may be off by, per unit of its size.
@@ -120,13 +129,6 @@ def working_precision(modulus: Scalar, dtype: Any) -> Scalar:
     """
     known = KNOWN * (1 - modulus) / unit_roundoff(dtype)
     return jnp.clip(known, LEAST_WORKING_PRECISION, AT_WORKING_PRECISION).astype(dtype)
-
-
-def of_scaling(temperature: Float[ArrayLike, ""], dtype: Any, flushed: Any = 0) -> Scalar:
-    """Return what Omega* loses where (Q - max Q) / temperature is below the smallest normal number, and is
-    therefore 0; and where the weights of `flushed` actions are.
-    """
-    return jnp.asarray(temperature, dtype) * ((2 + jnp.asarray(flushed, dtype)) * float(jnp.finfo(dtype).tiny))
 
 
 def of_sweep(

@@ -378,7 +378,7 @@ def _iterate(solver, mdp, regularizer, bias):
         half, seen = half_span_at(walk, found)
         sizes = sizes_of(mdp, regularizer, bias, q, bias + gap)
         own = sizes._replace(q=sizes.q + jnp.abs(bias) + jnp.abs(gap))  # of g + h = T h, h and g are numbers, too
-        noise = rounding.of_sweep(sums, sup_norm(bias), jnp.max(own.q), jnp.max(own.spread)) + own.lost
+        noise = rounding.of_sweep(sums, sup_norm(bias), jnp.max(own.q), jnp.max(own.spread)) + jnp.max(own.lost)
         gain = (jnp.max(gap) + jnp.min(gap)) / 2
         times = jnp.asarray(rounding.AT_WORKING_PRECISION, dtype)
         excess = jnp.max(jnp.abs(gap - gain) / own.allowed(sums, own.expected(), times))
@@ -389,7 +389,7 @@ def _iterate(solver, mdp, regularizer, bias):
         # states have several gains, covers any difference by its rounding in the end: a gain is known to working
         # precision only where its bounds say much more than that.
         def says_something(scale, size):
-            least = rounding.of_equation(sums, size, 2 * size, jnp.zeros_like(size), own.lost, times)
+            least = rounding.of_equation(sums, size, 2 * size, jnp.zeros_like(size), jnp.max(own.lost), times)
             return rounding.KNOWN * scale + least if to_working_precision else jnp.minimum(wanted, scale + least)
 
         collected = jnp.abs(sizes.collected)

@@ -104,9 +104,10 @@ class Lagrangian:
 
     def parts(self, objective: ObjectiveAt, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Parts:
         """Return the summands of `gradient`."""
+        actions = self.lower()[0].num_actions
 
         def stacked(read, backup, summed_read, summed_backup):
-            least = rounding.full_precision(read.dtype)
+            least = rounding.least_derivative(actions, read.dtype)
             sizes = jnp.maximum(jnp.abs(read), summed_read) + jnp.maximum(jnp.abs(backup), summed_backup) + least
             return jnp.stack([read, backup, _signs(read) * sizes])
 

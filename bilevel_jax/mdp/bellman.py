@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bilevel_jax.core import rounding
 from bilevel_jax.core.arrays import Flag, PerPair, PerState, Scalar
@@ -105,10 +105,10 @@ def check_compatible(mdp: MDP, regularizer: Regularizer) -> None:
 
 
 class Sizes(NamedTuple):
-    """The sizes of the numbers that enter a Bellman sweep at V, weighted by the policy at V. All are [S] except two.
+    """The sizes of the numbers that enter a Bellman sweep at V, weighted by the policy at V, [S] but for `empty`.
 
     `q` is sum_a pi |Q| + |T V|. `spread` is the size of the regularizer's part, times the levels of the sum over the
-    actions. `lost`, a scalar, is what a backup loses below the smallest normal number. `collected` is what the policy
+    actions. `lost` is what a backup loses below the smallest normal number. `collected` is what the policy
     collects per step, sum_a pi r - Omega(pi). `expectation` is sum_a pi |discount E V|, which is at most `expected()`.
     `empty`, a bool, says that each reward which is collected is exactly 0, not subnormal, and that the regularizer's
     part is exactly 0 if it is computed as 0: the temperature is 0, or large enough for a relative error, and no action
@@ -117,7 +117,7 @@ class Sizes(NamedTuple):
 
     q: PerState
     spread: PerState
-    lost: Scalar
+    lost: PerState
     collected: PerState
     expectation: PerState
     empty: Flag
@@ -136,7 +136,6 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: PerState, q: PerPair, ba
     policy = regularizer.policy(q)
     temperature = jnp.asarray(regularizer.temperature, q.dtype)
     is_kept = (temperature == 0) & ~is_any(temperature) | (temperature >= rounding.full_precision(q.dtype))
-
     flushed = _flushed(mdp, regularizer, q, policy)
 
     def taken(numbers):
@@ -145,28 +144,28 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: PerState, q: PerPair, ba
     return Sizes(
         q=taken(jnp.abs(q)) + jnp.abs(backup),
         spread=levels_of_sum(mdp.num_actions) * regularizer.spread(q, backup),
-        lost=rounding.of_scaling(regularizer.temperature, q.dtype, jnp.where(flushed, mdp.num_actions, 0)),
+        lost=temperature * (regularizer.lost(q) + jnp.where(flushed, rounding.underflow(mdp.num_actions, q.dtype), 0)),
         collected=taken(mdp.reward) - regularizer.penalty_at(q),
         expectation=taken(jnp.abs(q - mdp.reward)),
-        empty=~jnp.any((policy > 0) & is_any(mdp.reward)) & is_kept & ~flushed,
+        empty=~jnp.any((policy > 0) & is_any(mdp.reward)) & is_kept & ~jnp.any(flushed),
         expected=lambda: taken(mdp.discount * mdp.transition.expect(jnp.abs(value))),
     )
 
 
-def _flushed(mdp: MDP, regularizer: Regularizer, q: PerPair, policy: PerPair) -> Flag:
-    """Whether an action that an entropy gives some probability has a weight below the smallest normal number, which a
-    device takes for 0, and is worth that number for ever or more.
+def _flushed(mdp: MDP, regularizer: Regularizer, q: PerPair, policy: PerPair) -> Bool[Array, " S"]:
+    """Return where an action that an entropy gives some probability has a weight below the smallest normal number,
+    which a device takes for 0, and is worth that number for ever or more, [S].
     """
     if not isinstance(regularizer, ShannonEntropy | KLDivergence):
-        return jnp.zeros((), bool)
+        return jnp.zeros(q.shape[:-1], bool)
     temperature = jnp.asarray(regularizer.temperature, q.dtype)
     forever = temperature * mdp.num_actions / (1 - mdp.modulus).astype(q.dtype)
     least = math.log(float(jnp.finfo(q.dtype).tiny)) - jnp.log(forever)
     below = q - regularizer.highest(q)[..., None]
     possible = (q != -jnp.inf) & (below > least * temperature)
     if isinstance(regularizer, KLDivergence):
-        possible &= with_rank(jnp.asarray(regularizer.reference) > 0, q.ndim)
-    return jnp.any(possible & (policy < jnp.finfo(policy.dtype).tiny))
+        possible &= with_rank(is_any(regularizer.reference), q.ndim)
+    return jnp.any(possible & (policy < jnp.finfo(policy.dtype).tiny), -1)
 
 
 def rounding_of(mdp: MDP, sizes: Sizes, value: PerState, most: Scalar) -> Scalar:
@@ -176,7 +175,7 @@ def rounding_of(mdp: MDP, sizes: Sizes, value: PerState, most: Scalar) -> Scalar
 
 def largest_rounding(mdp: MDP, sizes: Sizes, most: Scalar, size: Scalar, q: Scalar, spread: Scalar) -> Scalar:
     """`rounding_of`, given the largest |V|, `sizes.q` and `sizes.spread`."""
-    noise = rounding.of_sweep(mdp.transition.sums(size), most * size, q, spread) + sizes.lost
+    noise = rounding.of_sweep(mdp.transition.sums(size), most * size, q, spread) + jnp.max(sizes.lost)
     # Where there is nothing at all, nothing is rounded.
     return jnp.where(sizes.empty & (size == 0) & (spread == 0), 0, noise)
 

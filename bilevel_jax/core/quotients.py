@@ -13,7 +13,7 @@ def quotient(x: Float[Array, "*shape"], y: Float[Array, ""]) -> Float[Array, "*s
     near y.
 
     Example:
-      >>> y = jnp.asarray(1e30, jnp.float32)
+      >>> y = jnp.asarray(2.0**100, jnp.float32)
       >>> float(jax.grad(quotient, 1)(y, y) * y)
       -1.0
     """

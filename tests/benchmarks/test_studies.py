@@ -13,10 +13,21 @@ from studies_helpers import call
 import bilevel_jax as bj
 from benchmarks.common.options import meanings
 from benchmarks.common.timing import RESULTS
-from benchmarks.studies import accuracy, agents, decisions, dynamics, networks, preferences, rates, samples, truncation
+from benchmarks.studies import (
+    accuracy,
+    agents,
+    decisions,
+    dynamics,
+    networks,
+    preferences,
+    protocol,
+    rates,
+    samples,
+    truncation,
+)
 from benchmarks.studies.study import read
 
-MODULES = (accuracy, agents, decisions, dynamics, networks, preferences, rates, samples, truncation)
+MODULES = (accuracy, agents, decisions, dynamics, networks, preferences, protocol, rates, samples, truncation)
 STUDIES = {module.STUDY.name: module.STUDY for module in MODULES}
 
 
@@ -239,3 +250,33 @@ def test_networks(tmp_path):
     assert len(traces) == 2 * 3 * 2
     assert {row["credit"] for row in traces} == {"exact", "2", "4"}
     assert_picture(out / "networks.png")
+
+
+@pytest.mark.slow
+def test_protocol(tmp_path):
+    """On the cart pole, in short: rows as asked, labels as many as asked for, and a second call runs nothing."""
+    words = (
+        "--iterations 16 --first 20 --count 4 --capacity 40 --horizon 60 --processes 8 --seeds 2 --gymnax= "
+        "--conditions fresh_0 bounded_1 fixed_0 true"
+    )
+    out, called = study(tmp_path, "protocol", words)
+    rows = read_rows(out / "protocol.csv")
+    assert len(rows) == 4 * 2
+    asked = {row["condition"]: int(row["labels"]) for row in rows}
+    assert asked == {"fresh_0": 28, "bounded_1": 28, "fixed_0": 20, "true": 0}
+    assert all(np.isfinite(float(row["return"])) for row in rows)
+    assert all(np.isfinite(float(row["loss"])) == (row["condition"] != "true") for row in rows)
+    table = read_rows(out / "protocol_table.csv")
+    assert [row["condition"] for row in table] == ["fresh_0", "bounded_1", "fixed_0", "true"]
+    own = [float(row["return"]) for row in rows if row["condition"] == "fixed_0"]
+    np.testing.assert_allclose(float(table[2]["return"]), np.mean(own), rtol=1e-5)
+    assert_picture(out / "protocol.png")
+    assert "fresh_0 100" in called.out
+    assert "fresh_0 100" not in study(tmp_path, "protocol", words)[1].out
+
+
+def test_a_protocol_without_what_it_is_compared_with(tmp_path):
+    for words in ("--conditions true", "--conditions fresh_0 other"):
+        called = call(STUDIES["protocol"], *words.split(), "--out", tmp_path / "out")
+        assert called.code == 2
+        assert "conditions: expected fresh_0" in called.err

@@ -301,5 +301,5 @@ def test_algorithms_are_checked_when_they_are_registered(name, build, message):
 
 
 def test_an_algorithm_that_is_not_registered_names_the_nearest():
-    with pytest.raises(bj.InputError, match="name: no algorithm 'pbrll', did you mean 'pbrl'"):
-        bj.algorithms.make_algorithm("pbrll", None, None)
+    with pytest.raises(bj.InputError, match="name: no algorithm 'm_sobirll', did you mean 'm_sobirl'"):
+        bj.algorithms.make_algorithm("m_sobirll", None, None)

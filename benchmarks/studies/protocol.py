@@ -190,7 +190,7 @@ def _loss_of_new_pairs(key: Any, problem: Any, teacher: Any, policy: Any, x: Any
     data = pf.labelled(keys[3], teacher, pf.Preferences(segments, jnp.stack([number, number + FRESH], -1)))
     losses = pf.pair_losses(data, jnp.mean(problem.member_scores(x, segments), 0))
     counts = (data.weight > 0) & found[:FRESH] & found[FRESH:]
-    return jnp.sum(jnp.where(counts, losses, 0)) / jnp.sum(counts)
+    return jnp.mean(losses, where=counts)
 
 
 def _table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

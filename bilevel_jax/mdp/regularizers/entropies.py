@@ -7,8 +7,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import stop_gradient
-from jaxtyping import Array, ArrayLike, Float, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
+from bilevel_jax.core import rounding
 from bilevel_jax.core.arrays import Scalar
 from bilevel_jax.core.derivatives import derivative_of
 from bilevel_jax.core.errors import InputError
@@ -142,58 +143,56 @@ class KLDivergence(Regularizer):
         added, temperature = super().spread(q, backup), jnp.asarray(self.temperature, q.dtype)
         return 2 * added + jnp.where(added > -NEAR * temperature, 2.5 * temperature, 0)
 
-    def _scaled(self, q: Rows) -> tuple[Rows, Scalar, Float[Array, "... A"], PerRow]:
-        """(Q - max Q) / temperature, the temperature, the reference in q's dtype, and a shift of the exponents, [S].
-
-        The best action may have so small a reference that reference exp(scaled) is near the smallest normal number, and
-        next to nothing is left of others. The shift, mostly 0, then makes the largest of these products 1.
-        """
+    def _scaled(self, q: Rows) -> tuple[Rows, Scalar, Float[Array, "... A"]]:
+        """(Q - max Q) / temperature, the temperature and the reference in q's dtype."""
         reference = self._reference(q)
         temperature = usable(self.temperature, q.dtype)
         # The maximum over actions that the reference allows; others must not set the scale.
         allowed = reference > 0
         scaled = below_best(q, argmax_last(jnp.where(allowed, q, -jnp.inf)), temperature, allowed)
-        exponent = jnp.where(allowed & is_available(q), scaled + jnp.log(jnp.where(allowed, reference, 1)), -jnp.inf)
-        largest = stop_gradient(max_last(exponent))
-        small = (largest < math.log(float(jnp.finfo(q.dtype).tiny)) / 2) & (largest > -jnp.inf)
-        shift = jnp.where(small, largest, 0)
         # Others may lie far above: they are not taken, but the derivative in their reference, temperature exp(scaled),
         # has to stay finite, and some of them added up.
-        most = math.log(float(jnp.finfo(q.dtype).max)) - 4 - jnp.log(jnp.maximum(temperature, 1)) + shift[..., None]
-        return jnp.where(allowed, scaled, jnp.minimum(scaled, most)), temperature, reference, shift
+        most = math.log(float(jnp.finfo(q.dtype).max)) - 4 - jnp.log(jnp.maximum(temperature, 1))
+        return jnp.where(allowed, scaled, jnp.minimum(scaled, most)), temperature, reference
 
     def conjugate(self, q):
         return stop_gradient(self.highest(q)) + self._excess(q)
 
     def _excess(self, q: Rows) -> PerRow:
         """temperature * log sum ref exp((Q - max Q) / temperature), [S], at most 0."""
-        scaled, temperature, reference, shift = self._scaled(q)
+        scaled, temperature, reference = self._scaled(q)
         available = is_available(q)
         # log(1 + sum) keeps its digits at high temperatures, log(sum) where one action prevails. The 1 is the sum of
         # the reference: rounding in it would be multiplied by the temperature, as its derivative would be.
         # A reference that sums to 1 + 1e-7, as one that was normalized in float32 may, is divided by its sum.
         mass = sum_last(reference)
         shortfall = sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) / mass
-        total = sum_last(reference * jnp.where(available, jnp.exp(scaled - shift[..., None]), 0)) / mass
+        raised, others = _weights(scaled, reference, available)
+        total = (sum_last(raised) / _raised(q.dtype) + sum_last(others)) / mass
         near = shortfall > NEAR
-        far = jnp.log(jnp.where(near, 1, total)) + shift
-        return temperature * jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), far)
+        log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
+        return temperature * log_total
 
     def policy(self, q):
-        scaled, _, reference, shift = self._scaled(q)
-        weight = reference * jnp.where(is_available(q), jnp.exp(scaled - shift[..., None]), 0)
-        return weight / sum_last(weight)[..., None]
+        scaled, _, reference = self._scaled(q)
+        raised, others = _weights(scaled, reference, is_available(q))
+        total = sum_last(raised)[..., None]
+        others = others / (total / _raised(q.dtype))
+        return (raised / total + others) / (1 + sum_last(others)[..., None])
 
     def lost(self, q):
-        """Return also what each action's part of the sum may lose, of which at least three quarters are left, and what
-        actions would add whose reference only a device takes for 0.
+        """Return also what each action's part of the sum may lose, and what actions would add whose reference only a
+        device takes for 0.
         """
-        tiny, actions = float(jnp.finfo(q.dtype).tiny), q.shape[-1]
+        tiny, actions, reference = float(jnp.finfo(q.dtype).tiny), q.shape[-1], self._reference(q)
+        best = argmax_last(jnp.where(reference > 0, q, -jnp.inf))
+        least = sum_last(jnp.where(is_first(best, q), reference, 0))  # of the sum, whose parts were raised
+        parts = 2 * actions * tiny + actions * tiny / _raised(q.dtype) / jnp.maximum(least, tiny)
         own = with_rank(self.reference, q.ndim)
         hidden = (is_subnormal(own) | (own > 0) & (own < tiny)) & is_available(q)
         above = jnp.where(hidden, q - self.highest(q)[..., None], -jnp.inf)
         exponent = max_last(above) / usable(self.temperature, q.dtype) + math.log(actions * tiny)
-        return super().lost(q) + 2 * actions * tiny + jnp.logaddexp(0, exponent)
+        return super().lost(q) + parts + jnp.logaddexp(0, exponent)
 
     def penalty(self, policy):
         temperature = jnp.asarray(self.temperature, policy.dtype)
@@ -205,7 +204,7 @@ class KLDivergence(Regularizer):
         """Return <pi, Q - max Q> - (Omega* - max Q), where no summand has the temperature's size if pi is near the
         reference.
         """
-        scaled, temperature, _, _ = self._scaled(q)
+        scaled, temperature, _ = self._scaled(q)
         policy = self.policy(q)
         return temperature * sum_last(jnp.where(policy > 0, policy * scaled, 0)) - self._excess(q)
 
@@ -220,6 +219,23 @@ class KLDivergence(Regularizer):
         advantage = jnp.where(is_available(q), q - value[..., None], 0)
         exponent = quotient(advantage, jnp.asarray(self.temperature, q.dtype)) + log_reference
         return stop_gradient(policy) * jnp.exp(exponent - stop_gradient(exponent))
+
+
+def _raised(dtype: Any) -> float:
+    """A power of two by which weights are multiplied, so that beside the smallest normal number they keep digits."""
+    return 8 / rounding.unit_roundoff(dtype)
+
+
+def _weights(scaled: Rows, reference: Float[Array, "... A"], available: Bool[Array, "*states A"]) -> tuple[Rows, Rows]:
+    """reference exp(scaled), [S, A]: of actions that the reference allows, times `_raised`; and of others, 0 with a
+    derivative.
+
+    The best action may be one that the reference hardly ever takes. Weights of others which are as large are then near
+    the smallest normal number, and their exponentials may be below it: these are made as squares.
+    """
+    root, allowed = jnp.where(available, jnp.exp(scaled / 2), 0), reference > 0
+    raised = jnp.where(allowed, reference * _raised(scaled.dtype) * root * root, 0)
+    return raised, jnp.where(allowed, 0, reference * root * root)
 
 
 def _xlogy(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -141,7 +141,7 @@ def of_sweep(
 
     Q = r + discount E has one rounding for each of the sum's products, `Sums` for their sum, one for the discount,
     and one of the size of Q. Omega* adds to the largest Q a number whose parts all have one sign
-    (regularizers.py), so that its rounding is some u of that number and one of the sum. Errors of Q reach T V
+    (mdp/regularizers/), so that its rounding is some u of that number and one of the sum. Errors of Q reach T V
     by the policy, whose weights the sizes have.
 
     Args:

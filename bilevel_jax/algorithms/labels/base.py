@@ -87,13 +87,15 @@ class LabelAlgorithm(SampledAlgorithm):
         for_labels, for_agent, for_warm_up, for_own = jax.random.split(key, 4)
         agent, own = self.init_agent(for_agent, x), self.init_own(for_own, x)
         labels = self.labels.init(for_labels, self.problem, self.first_policy(agent, own, x), x)
+        return Learned(self.warmed_up(for_warm_up, agent, x), LabelMemory(labels, own))
+
+    def warmed_up(self, key: PRNGKeyArray, agent: Any, x: Any) -> Any:
+        """The state of an agent after `warm_up` improvements at x."""
 
         def improve(agent: Any, key: PRNGKeyArray) -> tuple[Any, None]:
             return self.agent.improve(key, agent, self.problem, x), None
 
-        if self.warm_up:
-            agent = jax.lax.scan(improve, agent, jax.random.split(for_warm_up, self.warm_up))[0]
-        return Learned(agent, LabelMemory(labels, own))
+        return jax.lax.scan(improve, agent, jax.random.split(key, self.warm_up))[0] if self.warm_up else agent
 
     def estimate_from_samples(self, key, state):
         for_batch, for_fit, for_fresh, for_labels = jax.random.split(key, 4)

@@ -36,12 +36,7 @@ class PBRLOnLabels(LabelAlgorithm):
 
     def init_own(self, key, x):
         for_start, for_warm_up = jax.random.split(key)
-
-        def improve(own: Any, key: PRNGKeyArray) -> tuple[Any, None]:
-            return self.agent.improve(key, own, self.problem, x), None
-
-        own = self.agent.init(for_start, self.problem, x)
-        return lax.scan(improve, own, jax.random.split(for_warm_up, self.warm_up))[0] if self.warm_up else own
+        return self.warmed_up(for_warm_up, self.agent.init(for_start, self.problem, x), x)
 
     def fit(self, key, state, own, data):
         x = state.x
@@ -74,19 +69,13 @@ class PBRLOnLabels(LabelAlgorithm):
         processes = Processes(environment, own.processes)
         policy = self.agent.acting(own, self.problem, x)
         processes, seen = collect(key, processes, policy, self.agent.steps, with_states=True)
-        count = self.agent.processes * self.agent.steps
-        step = jax.vmap(environment.step)
-        _, drawn = step(jax.random.split(for_twins, count), merge_axes(seen.state), merge_axes(seen.action))
-        again = {
-            name: jax.tree.map(lambda leaf, old: leaf.reshape(old.shape), new, getattr(seen, old_name))
-            for name, new, old_name in (
-                ("next_observation", drawn.observation, "next_observation"),
-                ("terminated", drawn.terminated, "terminated"),
-                ("reward", drawn.reward, "reward"),
-            )
-        }
+        keys = jax.random.split(for_twins, seen.terminated.shape)
+        _, again = jax.vmap(jax.vmap(environment.step))(keys, seen.state, seen.action)
+        twin = seen._replace(
+            next_observation=again.observation, terminated=again.terminated, reward=again.reward, state=None
+        )
         own = eqx.tree_at(lambda s: (s.processes, s.episodes), own, (processes.states, own.episodes.after(seen)))
-        return own, seen._replace(state=None), seen._replace(state=None, **again)
+        return own, seen._replace(state=None), twin
 
     def _bellman_error(self, x: Any, params: Any, seen: Trajectory, twin: Trajectory) -> Float[Array, ""]:
         """Half the mean square of E[Q(s, a) - r_x - discount V(s')]: a product of two draws has no bias."""

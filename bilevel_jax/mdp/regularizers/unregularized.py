@@ -26,6 +26,7 @@ class Unregularized(Regularizer):
 
     smooth: ClassVar[bool] = False
 
+    # Always 0, and no leaf: nothing is differentiated in it. The protocol's is an array.
     temperature: float = eqx.field(static=True)  # type: ignore[assignment]
 
     def __init__(self):

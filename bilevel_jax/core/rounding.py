@@ -80,13 +80,16 @@ def full_precision(dtype: Any) -> float:
     return float(jnp.finfo(dtype).tiny) / unit_roundoff(dtype)
 
 
-def least_derivative(actions: int, dtype: Any) -> float:
+def least_derivative(actions: int, temperature: Scalar) -> Scalar:
     """Return the derivative in a number of the lower level below which digits are lost, see `full_precision`.
 
     A device takes a weight p of an action for 0 where it is below the smallest normal number. In the derivative in the
-    temperature it counts p log p, and there are as many of them as actions.
+    temperature it counts p log p, and there are as many of them as actions. On its way there, what an action adds is
+    multiplied and divided by the temperature, which makes what is lost larger where that is below 1.
     """
-    return -actions * math.log(float(jnp.finfo(dtype).tiny)) * full_precision(dtype)
+    dtype = temperature.dtype
+    least = -actions * math.log(float(jnp.finfo(dtype).tiny)) * full_precision(dtype)
+    return least / jnp.where(temperature > 0, jnp.minimum(temperature, 1), 1)
 
 
 class Sums(NamedTuple):
@@ -158,7 +161,7 @@ def of_equation(
     expected: Float[Array, "..."],
     q: Float[Array, "..."],
     spread: Float[Array, "..."],
-    lost: Scalar,
+    lost: Float[Array, "..."],
     times: Scalar,
 ) -> Float[Array, "..."]:
     """By how much V = T V may be off in a state that is known to working precision: `times` the rounding of a sweep.
@@ -217,8 +220,9 @@ def of_gradient(
     no worst case: the first two amplify constants most, and a policy does not depend on constants. The factor is
     measured, not derived: random gradients of nearly separate parts can exceed any factor (docs/failures.md).
     """
+    size = jnp.maximum(jnp.max(jnp.abs(value)), full_precision(value.dtype))
     logits = jnp.zeros((), value.dtype)
     if temperature is not None:
-        logits = jnp.max(jnp.abs(value)) / jnp.min(temperature).astype(value.dtype)
-    larger = jnp.max(spread) / jnp.maximum(jnp.max(jnp.abs(value)), full_precision(value.dtype))
+        logits = size / jnp.min(temperature).astype(value.dtype)
+    larger = jnp.max(spread) / size
     return 2.5 * unit_roundoff(value.dtype) * (logits + (2 + larger) / (1 - jnp.max(modulus)))

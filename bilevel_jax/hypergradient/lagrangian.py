@@ -104,10 +104,12 @@ class Lagrangian:
 
     def parts(self, objective: ObjectiveAt, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Parts:
         """Return the summands of `gradient`."""
-        actions = self.lower()[0].num_actions
+        mdp, regularizer = self.lower()
+        temperature = jnp.min(jnp.asarray(regularizer.temperature, value.dtype))
+        lost = rounding.least_derivative(mdp.num_actions, temperature)
 
         def stacked(read, backup, summed_read, summed_backup):
-            least = rounding.least_derivative(actions, read.dtype)
+            least = lost.astype(read.dtype)
             sizes = jnp.maximum(jnp.abs(read), summed_read) + jnp.maximum(jnp.abs(backup), summed_backup) + least
             return jnp.stack([read, backup, _signs(read) * sizes])
 

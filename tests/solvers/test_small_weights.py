@@ -169,6 +169,7 @@ def test_a_reference_of_float64_that_float32_cannot_hold():
 
 
 SCALES = {np.float32: [62, 65, 100, -65, -100], np.float64: [510, 515, 900, -515, -900]}
+NEAR_THE_SMALLEST = {np.float32: range(-124, -104), np.float64: range(-1020, -988, 3)}
 KINDS = {
     "shannon": bj.ShannonEntropy,
     "kl": lambda x: bj.KLDivergence(x, jnp.asarray([0.3, 0.7], x.dtype)),
@@ -204,6 +205,9 @@ def test_derivatives_in_a_temperature_whose_square_is_out_of_range(of, kind, dty
         np.testing.assert_allclose(made, want, rtol=1e-5 if dtype is np.float32 else 1e-13)
         assert not np.isnan(error)
         assert not codes.any()
+    for power in NEAR_THE_SMALLEST[dtype]:  # here digits of what the temperature multiplies are lost
+        made, error, codes = gradient(dtype(2.0**power))
+        assert abs(made - want) <= error or codes.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

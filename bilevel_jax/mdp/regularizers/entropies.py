@@ -167,18 +167,17 @@ class KLDivergence(Regularizer):
         # A reference that sums to 1 + 1e-7, as one that was normalized in float32 may, is divided by its sum.
         mass = sum_last(reference)
         shortfall = sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) / mass
-        raised, others = _weights(scaled, reference, available)
-        total = (sum_last(raised) / _raised(q.dtype) + sum_last(others)) / mass
+        weights, total = _weights(scaled, reference, available)
         near = shortfall > NEAR
-        log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), jnp.log(jnp.where(near, 1, total)))
+        # The weights sum to 1, so that no derivative leaves the range on the way from the temperature to itself.
+        log_far = stop_gradient(jnp.log(total / mass)) + derivative_of(jnp.log(sum_last(weights) / mass), ~near)
+        log_total = jnp.where(near, jnp.log1p(jnp.where(near, shortfall, 0)), log_far)
         return temperature * log_total
 
     def policy(self, q):
         scaled, _, reference = self._scaled(q)
-        raised, others = _weights(scaled, reference, is_available(q))
-        total = sum_last(raised)[..., None]
-        others = others / (total / _raised(q.dtype))
-        return (raised / total + others) / (1 + sum_last(others)[..., None])
+        weights, _ = _weights(scaled, reference, is_available(q))
+        return weights / sum_last(weights)[..., None]
 
     def lost(self, q):
         """Return also what each action's part of the sum may lose, and what actions would add whose reference only a
@@ -226,16 +225,19 @@ def _raised(dtype: Any) -> float:
     return 8 / rounding.unit_roundoff(dtype)
 
 
-def _weights(scaled: Rows, reference: Float[Array, "... A"], available: Bool[Array, "*states A"]) -> tuple[Rows, Rows]:
-    """reference exp(scaled), [S, A]: of actions that the reference allows, times `_raised`; and of others, 0 with a
-    derivative.
+def _weights(
+    scaled: Rows, reference: Float[Array, "*#states A"], available: Bool[Array, "*states A"]
+) -> tuple[Rows, PerRow]:
+    """reference exp(scaled), divided by their sum, [S, A], and that sum, [S], as a constant.
 
-    The best action may be one that the reference hardly ever takes. Weights of others which are as large are then near
-    the smallest normal number, and their exponentials may be below it: these are made as squares.
+    Those of actions that the reference does not allow are 0 and have a derivative. The best action may be one that the
+    reference hardly ever takes. Weights of others which are as large are then near the smallest normal number, and
+    their exponentials may be below it: these are made as squares, and the sum of large numbers.
     """
     root, allowed = jnp.where(available, jnp.exp(scaled / 2), 0), reference > 0
-    raised = jnp.where(allowed, reference * _raised(scaled.dtype) * root * root, 0)
-    return raised, jnp.where(allowed, 0, reference * root * root)
+    raised = sum_last(stop_gradient(jnp.where(allowed, reference * _raised(scaled.dtype) * root * root, 0)))
+    weights = reference * (_raised(scaled.dtype) / raised)[..., None] * root * root
+    return jnp.where(allowed, weights, derivative_of(weights, ~allowed)), raised / _raised(scaled.dtype)
 
 
 def _xlogy(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:

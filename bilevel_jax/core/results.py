@@ -7,13 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bilevel_jax.core.errors import ConvergenceError, InputError
 
 
 class Result(enum.IntEnum):
-    """How an iteration ended. It is stored as an int32 array, one entry per batch element.
+    """How an iteration ended. It is stored as an int32 array, one entry per batch element; inside jit, compare with 0.
+
+    CONVERGED: it did what it was asked to, within the bound that the report gives, e.g. `stats.error_bound`. Without a
+    tolerance it went to the limit of the float type, which may be few digits: compare the bound with the value.
+    MAX_ITERATIONS: the steps ended before that. What was reached is returned, and the bound holds for it. Take more
+    steps, another solver, or a start nearby.
+    NOT_FINITE: do not use the numbers. Look for NaN or infinity in x, reward, transition or temperature.
+    PRECISION_LIMIT: rounding does not allow the tolerance, or any bound that says something. The bound that is returned
+    holds, but may be infinite. Take float64, a larger tolerance or a smaller discount.
+
+    docs/failures.md lists hard cases, with what they return.
 
     Example:
       >>> mdp = bj.MDP(jnp.full((2, 2, 2), 0.5), jnp.eye(2), 0.9)
@@ -31,8 +41,8 @@ class Result(enum.IntEnum):
 MESSAGES = {
     Result.CONVERGED: "converged",
     Result.MAX_ITERATIONS: (
-        "the maximum number of iterations was reached before the tolerance; raise max_iterations, loosen the "
-        "tolerance or choose a faster solver"
+        "the maximum number of iterations was reached before the tolerance; raise max_iterations (of "
+        "Unrolled: its sweeps), loosen the tolerance or choose a faster solver"
     ),
     Result.NOT_FINITE: (
         "a value was not finite; look for NaN or infinity in the reward, the transition, the "
@@ -47,13 +57,27 @@ MESSAGES = {
 
 
 class Outcome(NamedTuple):
-    """The report of one iteration: `what` it computed, its result codes, and its proven error bounds (None without
-    any).
+    """The report of one iteration: `what` it computed, its result codes, and its error bounds (None without any).
+
+    `not_finite` says what to do where the result is NOT_FINITE.
     """
 
     what: str
     result: Int[Array, "*batch"]
     error_bound: Float[Array, "*batch"] | None
+    not_finite: str = MESSAGES[Result.NOT_FINITE]
+
+    def failures(self) -> tuple[str, ...]:
+        """Say what failed, why, what to do, and how often: a sentence per code that is not CONVERGED."""
+        codes = np.atleast_1d(np.asarray(self.result))
+        bound = self.error_bound
+        known = "" if bound is None else f", largest error bound {float(np.max(np.asarray(bound))):.3g}"
+        messages = MESSAGES | {Result.NOT_FINITE: self.not_finite}
+        return tuple(
+            f"{self.what}: {messages[Result(code)]} ({np.count_nonzero(codes == code)} of {codes.size} failed{known})"
+            for code in np.unique(codes).tolist()
+            if code != Result.CONVERGED
+        )
 
 
 def finite_outcome(
@@ -63,15 +87,26 @@ def finite_outcome(
 
     No iteration checks these by itself.
     """
-    return Outcome("objective or its gradient", _finite(value, gradient), error_bound)
+    return Outcome("objective or its gradient", _finite(value, gradient), error_bound, _OBJECTIVE_NOT_FINITE)
+
+
+_OBJECTIVE_NOT_FINITE = (
+    "a value was not finite; look for a logarithm, root, norm or quotient at the border of its domain in the "
+    "objective, for NaN or infinity in the upper variable, and at the other results of this report"
+)
 
 
 @jax.jit
 def _finite(value: Float[Array, "*batch"], gradient: Any) -> Int[Array, "*batch"]:
+    return jnp.where(are_finite(value, gradient), Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
+
+
+def are_finite(value: Float[Array, "*batch"], gradient: Any) -> Bool[Array, "*batch"]:
+    """Return whether a value and all leaves of its gradient (the same batch axes first) are finite."""
     finite = jnp.isfinite(value)
     for leaf in jax.tree.leaves(gradient):
         finite &= jnp.all(jnp.isfinite(leaf), axis=tuple(range(finite.ndim, leaf.ndim)))
-    return jnp.where(finite, Result.CONVERGED, Result.NOT_FINITE).astype(jnp.int32)
+    return finite
 
 
 def where_converged(result: Int[Array, "*batch"], values: Any) -> Any:
@@ -104,12 +139,15 @@ R = TypeVar("R", bound=Reports)
 def check(report: R) -> R:
     """Return `report` unchanged if every iteration behind it converged; raise otherwise.
 
+    It reads result codes, and whether objective and gradient are finite. It does not read the size of an error bound:
+    compare `stats.error_bound` with the value, and `error` of a `Hypergradient` with the norm of the gradient.
+
     Args:
       report: a `Solution`, a `Hypergradient` or an algorithm's `Info`, with concrete values (call it
         outside jit and vmap). Batched reports are checked element by element.
 
     Raises:
-      ConvergenceError: names what failed, why, how many batch elements and the largest error bound.
+      ConvergenceError: names all that failed, why, how many batch elements and the largest error bound.
       InputError: no report, or one of traced values.
 
     Example:
@@ -128,19 +166,14 @@ def check(report: R) -> R:
         raise InputError(
             f"check(report): expected what `solve`, `hypergradient` or an algorithm's step returns, got {report!r:.100}"
         )
-    for outcome in report.outcomes():
+    outcomes = report.outcomes()
+    for outcome in outcomes:
         if isinstance(outcome.result, Tracer):
             raise InputError(
                 "check(report): the report holds traced values; call check outside jit and vmap, or "
                 "read report.result inside"
             )
-        codes = np.atleast_1d(np.asarray(outcome.result))
-        failed = codes != Result.CONVERGED
-        if failed.any():
-            code = Result(int(codes[failed][0]))
-            bound = outcome.error_bound
-            known = "" if bound is None else f", largest error bound {float(np.max(np.asarray(bound))):.3g}"
-            raise ConvergenceError(
-                f"{outcome.what}: {MESSAGES[code]} ({int(failed.sum())} of {codes.size} failed{known})"
-            )
+    failures = [sentence for outcome in outcomes for sentence in outcome.failures()]
+    if failures:
+        raise ConvergenceError("\n".join(failures))
     return report

@@ -18,7 +18,7 @@ from bilevel_jax.bilevel.problem import Problem, as_upper_variable, lower_level,
 from bilevel_jax.core.arrays import Scalar
 from bilevel_jax.core.batching import over_batch
 from bilevel_jax.core.captures import jit
-from bilevel_jax.core.results import MESSAGES, Result
+from bilevel_jax.core.results import Result
 from bilevel_jax.core.validation import require_instance, require_setting
 from bilevel_jax.hypergradient.compute import hypergradient
 from bilevel_jax.hypergradient.methods.implicit import Implicit
@@ -155,12 +155,7 @@ def check_gradient(
     totals = _totals(problem, x, made, drawn, compare)
     along = jax.tree.map(lambda leaf: leaf[0], drawn)
     parts = _parts(problem, x, made, along, keys[0], compare)
-    failures = tuple(
-        f"{outcome.what}: {MESSAGES[Result(int(code))]}"
-        for outcome in made.outcomes()
-        for code in np.unique(np.asarray(outcome.result))
-        if code != Result.CONVERGED
-    )
+    failures = tuple(sentence for outcome in made.outcomes() for sentence in outcome.failures())
     report = GradientCheck(tuple(totals), tuple(parts), failures, float(made.error))
     if verbose:
         print(report)

@@ -4,11 +4,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import equinox as eqx
 import jax.numpy as jnp
+from jax.lax import stop_gradient
 from jaxtyping import ArrayLike, Real
 
 from bilevel_jax.bilevel.problem import Problem, as_upper_variable, require_problem_kind
 from bilevel_jax.core.captures import jit
+from bilevel_jax.core.results import are_finite
 from bilevel_jax.core.validation import as_float, require_computable, require_kind, require_numbers
 from bilevel_jax.hypergradient.methods.implicit import Implicit
 from bilevel_jax.hypergradient.protocol import Hypergradient, Method
@@ -24,6 +27,10 @@ def hypergradient(
     with_error: bool = True,
 ) -> Hypergradient:
     """Return f(x, pi*(x)) and its gradient in x (Yang, Gao and Yuan 2025, for any regularizer and parameter).
+
+    A solve that does not converge raises nothing. Outside jit, call `bj.check` and compare `error` with the norm of the
+    gradient. Inside, read `solution.result` and `stats.result`, which are 0 where they converged, and `error`, which is
+    infinite where value or gradient are not finite.
 
     Args:
       problem: a `Problem`. It is compiled once for each structure (a new lambda is a new structure), and again
@@ -66,4 +73,9 @@ def _hypergradient(problem, x, method, initial_value=None, initial_adjoint=None,
     require_computable("method", method)
     require_numbers("method", method)
     method = Implicit() if method is None else method
-    return method.estimate(problem, x, initial_value, initial_adjoint, with_error)
+    made = method.estimate(problem, x, initial_value, initial_adjoint, with_error)
+    if made.error is None:
+        return made
+    # The error is computed from other numbers; it must not be small beside a value that is none.
+    error = jnp.where(are_finite(made.value, made.gradient), made.error, jnp.inf)
+    return eqx.tree_at(lambda made: made.error, made, stop_gradient(error))

@@ -30,8 +30,9 @@ class SolveStats(eqx.Module):
     """The report of a solve: one scalar per batch element in every field.
 
     `iterations` counts Bellman sweeps, and `products` the products with a policy's transitions between them. `residual`
-    is |T V - V|_inf at the value returned. `error_bound` bounds |value - V*|_inf, rounding included. `suboptimality`
-    bounds max_s V*[s] - V^policy[s], both regularized.
+    is |T V - V|_inf at the value returned. `error_bound` bounds |value - V*|_inf, rounding included: one number for
+    all states, in units of the value. It holds with every result code; it may be infinite, and with NOT_FINITE NaN.
+    `suboptimality` bounds max_s V*[s] - V^policy[s], both regularized, likewise.
     """
 
     iterations: Int[Array, "*batch"]

@@ -54,7 +54,8 @@ def solve(
     The result has derivatives of any order and mode, in every floating-point leaf of `mdp` and `regularizer`. They come
     from the implicit function theorem at V*: dV* = (I - discount P_pi)^-1 dT(V*). Their cost does not depend on the
     number of iterations. Where the linear solve of a derivative fails, the derivative is NaN, because it has no other
-    way to report this; `hypergradient` returns a report.
+    way to report this; `hypergradient` returns a report. Where `result` is not CONVERGED, the derivative is taken at
+    another V than V*. It may be finite and wrong: return `result` beside it, e.g. by `jax.grad(..., has_aux=True)`.
 
     Args:
       mdp: the process, with any batch axes; every field of the result then has them.

@@ -75,3 +75,11 @@ def test_the_longer_program_goes_on_from_them(capsys):
     assert len(python_blocks()) == 2
     run(python_blocks(), {})
     assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "printed"), [("failures.md", "[ True False  True]\n"), ("solvers.md", "")])
+def test_the_program_of_a_page_runs(page, printed, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    run([block], {})
+    assert capsys.readouterr().out == printed

@@ -373,10 +373,10 @@ def test_float32_at_discount_0_999(tolerance):
 # Objectives
 
 
-def upper(objective, **options):
-    """Its hyper-gradient at x = 1, which scales the reward."""
+def upper(objective, x=1.0, **options):
+    """Its hyper-gradient at x, which scales the reward."""
     mdp, entropy = (lambda x: bj.MDP(PROCESS.dense, PROCESS.reward * x, 0.9)), bj.ShannonEntropy(0.5)
-    return bj.hypergradient(bj.BilevelProblem(mdp, entropy, objective), 1.0, **options)
+    return bj.hypergradient(bj.BilevelProblem(mdp, entropy, objective), x, **options)
 
 
 UNDEFINED = {
@@ -387,6 +387,21 @@ UNDEFINED = {
     "a slope in V is infinite": lambda x, s: jnp.sqrt(0 * s.value[0]),
     "where over NaN": lambda x, s: jnp.where(s.value[0] > -100, s.value[0], jnp.log(0 * s.value[0])),
 }
+
+
+def test_an_objective_that_is_not_finite_in_one_element_of_a_batch():
+    """Its gradient is finite, and the solve converged: the error is infinite, and `check` counts all that failed."""
+
+    def log_of_x(x, s):
+        return jnp.log(x) - s.policy[0, 1]
+
+    batch = jnp.asarray([1.0, -1.0, jnp.nan])
+    made = jax.vmap(lambda x: upper(log_of_x, x))(batch)
+    assert np.asarray(made.solution.result).tolist() == [0, 0, int(bj.Result.NOT_FINITE)]
+    assert np.isfinite(np.asarray(made.gradient)).tolist() == [True, True, False]
+    assert np.isfinite(np.asarray(made.error)).tolist() == [True, False, False]
+    with pytest.raises(bj.ConvergenceError, match=r"solve: .*1 of 3 failed(.|\n)*objective or .*2 of 3 failed"):
+        bj.check(made)
 
 
 @pytest.mark.parametrize("name", UNDEFINED)

@@ -88,16 +88,18 @@ class KLDivergence(Regularizer):
 
     An action with reference probability 0 is never taken. The reference may give probability to actions that are not
     available in a state: the sum in Omega* then leaves these actions out, and the probabilities of the others are used
-    as they are, without dividing them by their sum. A whole row of the reference is divided by its sum, which may miss
-    1 by rounding. Derivatives are those of the divided row: a constant that is added to a row of d Omega* / d reference
-    makes no difference along the simplex, and would cost as many digits as the temperature is above the action values.
+    as they are, without dividing them by their sum. The sum of a row over all actions may miss 1 by rounding, and is
+    divided out. The gradient in a row of the reference is defined up to a constant, since probabilities sum to 1. It is
+    that of reference / sum(reference): compare it along directions that sum to 0. The gradient without this division
+    would lose digits where the temperature is far above the action values.
 
     Args:
       temperature: above 0, in units of the reward.
       reference: the policy to stay close to, [S, A], or [A] for the same one in every state.
 
     Raises:
-      InputError: temperature not above 0, reference negative or not summing to 1 (where known).
+      InputError: temperature not above 0; reference negative, not summing to 1, or above 0 and below the smallest
+        normal number (where known).
 
     Example:
       >>> regularizer = bj.KLDivergence(1.0, jnp.array([0.25, 0.75]))

@@ -55,8 +55,9 @@ def test_every_claim_has_its_file():
 
 
 def run(blocks, names):
-    """Run blocks of Python as a user does: float32, JAX's own settings."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    """Run blocks of Python as a user does: JAX's own settings, float32 unless they ask for float64."""
+    wide = any('"jax_enable_x64", True' in block for block in blocks)
+    with jax.enable_x64(wide), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), names)
 

@@ -207,22 +207,31 @@ def is_moderate(x: PerState, rhs: PerState) -> Flag:
     return jnp.max(jnp.abs(x)) <= limit * jnp.max(jnp.abs(rhs))
 
 
+def of_backup(expected: PerState, q: PerState, spread: PerState) -> PerState:
+    """Return what rounding usually does to (T V)[s]: a u of each of the numbers that `of_sweep` allows for, [S]."""
+    return unit_roundoff(q.dtype) * (expected + q + spread)
+
+
+def of_right_hand_side(size: Float[Array, "*batch S"]) -> Float[Array, "*batch S"]:
+    """Return what rounding may do to df/dV, whose summands have this size, [S]. Each is a product of some numbers.
+
+    The rounding of a policy moves all summands of a state together. It is the business of V, not counted here.
+    """
+    return 4 * unit_roundoff(size.dtype) * size
+
+
 def of_gradient(
     value: Float[Array, "*batch S"],
     spread: Float[Array, "*batch S"],
-    temperature: Float[Array, "..."] | None,
+    logits: Scalar,
     modulus: Float[Array, "*batch"],
 ) -> Scalar:
     """Return about how large an error rounding causes in a hyper-gradient, relative to the gradient's summands.
 
-    It has three parts: the error of V divided by the temperature, by which the policy moves; the error of a linear
+    It has three parts: the error of the `logits`, Q / temperature, by which the policy moves; the error of a linear
     system with this modulus; and that of V itself, whose `spread`, the regularizer's part, may be larger than V. It is
     no worst case: the first two amplify constants most, and a policy does not depend on constants. The factor is
     measured, not derived: random gradients of nearly separate parts can exceed any factor (docs/failures.md).
     """
-    size = jnp.maximum(jnp.max(jnp.abs(value)), full_precision(value.dtype))
-    logits = jnp.zeros((), value.dtype)
-    if temperature is not None:
-        logits = size / jnp.min(temperature).astype(value.dtype)
-    larger = jnp.max(spread) / size
+    larger = jnp.max(spread) / jnp.maximum(jnp.max(jnp.abs(value)), full_precision(value.dtype))
     return 2.5 * unit_roundoff(value.dtype) * (logits + (2 + larger) / (1 - jnp.max(modulus)))

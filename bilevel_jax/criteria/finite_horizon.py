@@ -221,8 +221,8 @@ def _solve_one(mdp, regularizer, terminal, *, horizon, time_axes):
     value = jnp.concatenate([values, terminal[None]])
     actions = jnp.where(True if mdp.available is None else mdp.available, q, 0)
     finite = jnp.all(jnp.isfinite(value)) & jnp.all(jnp.isfinite(actions))
-    says_something = jnp.all(bounds.error <= rounding.SAYS_SOMETHING * bounds.implied)
-    told = jnp.where(says_something, Result.CONVERGED, Result.PRECISION_LIMIT)
+    says_something = jnp.isfinite(bounds.error) & (bounds.error <= rounding.SAYS_SOMETHING * bounds.implied)
+    told = jnp.where(jnp.all(says_something), Result.CONVERGED, Result.PRECISION_LIMIT)
     result = jnp.where(finite, told, Result.NOT_FINITE).astype(jnp.int32)
     return FiniteHorizonSolution(value=value, q=q, policy=policy, result=result, error_bound=jnp.max(bounds.error))
 

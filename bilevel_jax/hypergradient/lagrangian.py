@@ -111,7 +111,7 @@ class Lagrangian:
         def stacked(read, backup, summed_read, summed_backup):
             least = lost.astype(read.dtype)
             sizes = jnp.maximum(jnp.abs(read), summed_read) + jnp.maximum(jnp.abs(backup), summed_backup) + least
-            return jnp.stack([read, backup, _signs(read) * sizes])
+            return jnp.stack([read, backup, scattered_signs(read) * sizes])
 
         each = jax.tree.map(stacked, objective.of_theta, self._of_backup(value, w), *self._summed(value, w))
         (pulled,) = jax.vmap(self._pull)(each)  # in one pass, which reads the data of x's derivatives once
@@ -154,13 +154,27 @@ class Lagrangian:
         def of_sizes(summed):
             return expected(self.lower(eqx.combine(summed, others))[0], solution.policy, jnp.abs(value))
 
-        (by_size,), (by_sign,) = pull(jnp.abs(w)), pull(_signs(w) * w)
+        (by_size,), (by_sign,) = pull(jnp.abs(w)), pull(scattered_signs(w) * w)
         (by_successor,) = jax.vjp(of_sizes, summed)[1](jnp.abs(w))
         of_backup = jax.tree.map(
             lambda *sums: functools.reduce(jnp.maximum, map(jnp.abs, sums)), by_size, by_sign, by_successor
         )
         zeros = jax.tree.map(jnp.zeros_like, others)
         return eqx.combine(of_read, zeros), eqx.combine(of_backup, zeros)
+
+    def size_of_right_hand_side(self, value: Float[Array, "*batch S"]) -> Float[Array, "*batch S"]:
+        """Return how large the numbers are that df/dV sums, [S]: those of each action value, with absolute values."""
+        mdp, regularizer = self.lower()
+        solution = self._read(mdp, regularizer, value)
+
+        def of(value, q):
+            policy = over_batch(read_policy, value.ndim - 1)(regularizer, q)
+            return self._problem.objective(self._x, dataclasses.replace(solution, value=value, q=q, policy=policy))
+
+        of_value, of_q = jax.grad(of, (0, 1))(value, solution.q)
+        of_q = jnp.where(jnp.isfinite(solution.q), of_q, 0)
+        _, pull = jax.vjp(lambda value: over_batch(action_values)(mdp, value), value)
+        return jnp.abs(of_value) + pull(jnp.abs(of_q))[0]
 
     def _of_backup(self, value: Float[Array, "*batch S"], w: Float[Array, "*batch S"]) -> Any:
         _, pull = jax.vjp(lambda theta: over_batch(backup)(*self.lower(theta), value), self._theta)
@@ -187,7 +201,7 @@ class Lagrangian:
         return _solve_adjoint(self.lower()[0], policy, rhs, initial_adjoint, linear_solver=linear_solver)
 
 
-def _signs(like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def scattered_signs(like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Return 1 and -1 without a pattern, in the shape of `like`: a bit of a multiplicative hash of each entry's
     place.
     """
@@ -197,13 +211,13 @@ def _signs(like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _patterns(like: Float[Array, "*shape"]) -> Float[Array, "patterns ..."]:
-    """Return patterns of signs in the shape of `like`: by turns, in turns of two, and `_signs`.
+    """Return patterns of signs in the shape of `like`: by turns, in turns of two, and `scattered_signs`.
 
     Of entries that follow each other, two differ in one of the first two patterns.
     """
     place = lax.iota(jnp.int32, like.size).reshape(like.shape)
     turns = [1 - 2 * ((place // length) % 2).astype(like.dtype) for length in (1, 2)]
-    return jnp.stack([*turns, _signs(like)])
+    return jnp.stack([*turns, scattered_signs(like)])
 
 
 def _with_signs(x: Float[Array, "*shape"], signs: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:

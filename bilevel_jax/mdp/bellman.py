@@ -154,7 +154,8 @@ def sizes_of(mdp: MDP, regularizer: Regularizer, value: PerState, q: PerPair, ba
 
 def _flushed(mdp: MDP, regularizer: Regularizer, q: PerPair, policy: PerPair) -> Bool[Array, " S"]:
     """Return where an action that an entropy gives some probability has a weight below the smallest normal number,
-    which a device takes for 0, and is worth that number for ever or more, [S].
+    which a device takes for 0, and is worth that number for ever or more, [S]. So may be what is missing from the
+    sum of a reference because an action is not available.
     """
     if not isinstance(regularizer, ShannonEntropy | KLDivergence):
         return jnp.zeros(q.shape[:-1], bool)
@@ -163,9 +164,11 @@ def _flushed(mdp: MDP, regularizer: Regularizer, q: PerPair, policy: PerPair) ->
     least = math.log(float(jnp.finfo(q.dtype).tiny)) - jnp.log(forever)
     below = q - regularizer.highest(q)[..., None]
     possible = (q != -jnp.inf) & (below > least * temperature)
+    missing = jnp.zeros(q.shape, bool)
     if isinstance(regularizer, KLDivergence):
-        possible &= with_rank(is_any(regularizer.reference), q.ndim)
-    return jnp.any(possible & (policy < jnp.finfo(policy.dtype).tiny), -1)
+        allowed = with_rank(is_any(regularizer.reference), q.ndim)
+        possible, missing = possible & allowed, (q == -jnp.inf) & allowed
+    return jnp.any(possible & (policy < jnp.finfo(policy.dtype).tiny) | missing, -1)
 
 
 def rounding_of(mdp: MDP, sizes: Sizes, value: PerState, most: Scalar) -> Scalar:

@@ -240,6 +240,7 @@ def iterate(
         finite = jnp.all(known) & jnp.all(jnp.isfinite(backup)) & ~jnp.isnan(proven.error_bound)
         # A bound may be infinite although the problem is not: where rounding of a row's sum reaches 1 - discount.
         boundless = ~jnp.isfinite(proven.error_bound)
+        accepted &= ~boundless  # what is implied may be out of range, too
         finite &= ~boundless | (mdp.modulus < 1)
         # To working precision, rounding of the largest numbers says nothing of the others: bursts that gain nothing do.
         limited = boundless | (limited & (not to_working_precision))

@@ -93,11 +93,36 @@ def test_derivative_in_the_reference(spread):
 
 
 def test_a_derivative_in_a_reference_of_zero_far_above():
-    """One-sided: exp(q / temperature) of an action that is not taken, up to what the dtype has."""
-    for dtype, above in ((jnp.float32, 60.0), (jnp.float32, 80.0), (jnp.float64, 600.0)):
-        regularizer = bj.KLDivergence(jnp.asarray(1.0, dtype), jnp.array([0.5, 0.5, 0.0], dtype))
-        grad = jax.grad(lambda r, q: r.conjugate(q)[0])(regularizer, jnp.array([[0.0, 0.0, above]], dtype)).reference
-        np.testing.assert_allclose(grad[2], np.exp(above), rtol=1e-4 if dtype == jnp.float32 else 1e-10)
+    """One-sided: temperature expm1(q / temperature) of an action that is not taken, up to what the dtype has."""
+    single, double = np.float32, np.float64
+    cases = [(single, 60, 1), (single, 80, 1), (single, 86, 1), (single, 88, 1e-5), (single, 87, 1e-10)]
+    cases += [(single, 150, 1e-30), (single, 60, 1e10), (double, 600, 1), (double, 707, 1e-10), (double, 900, 1e-90)]
+    for dtype, above, temperature in cases:
+        temperature = dtype(temperature)
+        q = np.array([[0, 0, above * temperature]], dtype)
+        regularizer = bj.KLDivergence(temperature, jnp.array([0.5, 0.5, 0.0], dtype))
+        of_regularizer, of_q = jax.grad(lambda r, q: r.conjugate(q)[0], (0, 1))(regularizer, q)
+        want = np.longdouble(temperature) * np.expm1(np.longdouble(q[0, 2]) / np.longdouble(temperature))
+        rtol = 3 * above * np.finfo(dtype).eps
+        np.testing.assert_allclose(np.longdouble(of_regularizer.reference[2]), want, rtol=rtol)
+        np.testing.assert_allclose(of_q, [[0.5, 0.5, 0]], rtol=2 * np.finfo(dtype).eps)
+        # Of the policy, too, as far as that is in range.
+        of_policy = jax.grad(lambda r, q: r.policy(q)[0, 2])(regularizer, q).reference[2]
+        want = np.minimum(want / np.longdouble(temperature), 0.9 * np.finfo(dtype).max)
+        np.testing.assert_allclose(np.longdouble(of_policy), want, rtol=max(rtol, 0.11 if above > 700 else 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_derivatives_where_a_quotient_is_out_of_range(kind):
+    """100 / 1e-37 is infinite in float32: the weight is 0, and so is its derivative."""
+    q = jnp.asarray([[1, -100]], jnp.float32)
+
+    def both(temperature):
+        regularizer = make_regularizer(kind, temperature, jnp.array([0.5, 0.5], jnp.float32))
+        return jnp.stack([regularizer.conjugate(q)[0], regularizer.policy(q)[0, 0]])
+
+    made = jax.jacobian(both)(jnp.asarray(1e-37, jnp.float32))
+    np.testing.assert_allclose(made, [np.log(0.5) if kind == "kl" else 0, 0], rtol=1e-6)
 
 
 def test_derivatives_in_the_reference_keep_their_digits_at_high_temperatures():

@@ -256,3 +256,41 @@ def test_weights_that_a_device_takes_for_0_are_in_the_bound(kind, gap, actions):
         assert float(solution.stats.error_bound) < 1e4 * actions * temperature * tiny
     sparse = bj.solve(mdp, bj.TsallisEntropy(jnp.float32(temperature)))
     assert (int(sparse.result), float(sparse.stats.error_bound)) == (bj.Result.CONVERGED, 0)
+
+
+@pytest.mark.parametrize("kind", ["none", "shannon", "tsallis", "kl"])
+@pytest.mark.parametrize("states", [1, 65])
+def test_a_value_that_is_out_of_range(kind, states):
+    """V* is 1e39, more than float32 has. The numbers on the way may all be finite, and the bound is infinite."""
+    ring = np.zeros((states, 2, states), np.float32)
+    ring[np.arange(states), :, (np.arange(states) + 1) % states] = 1
+    mdp = bj.MDP(ring, np.full((states, 2), 1e36, np.float32), np.float32(0.999))
+    regularizer = {
+        "none": bj.Unregularized(),
+        "shannon": bj.ShannonEntropy(np.float32(1)),
+        "tsallis": bj.TsallisEntropy(np.float32(1)),
+        "kl": bj.KLDivergence(np.float32(1), np.full(2, 0.5, np.float32)),
+    }[kind]
+    solvers = [None, bj.ValueIteration(), bj.AndersonIteration(), bj.NewtonKrylov(), bj.ModifiedPolicyIteration()]
+    solvers += [bj.ValueIteration(tolerance=1e30), bj.AdaptivePolicyIteration(), bj.PolicyIteration()]
+    for solver in solvers:
+        solution = bj.solve(mdp, regularizer, solver=solver)
+        assert int(solution.result) != bj.Result.CONVERGED, solver
+        with pytest.raises(bj.ConvergenceError):
+            bj.check(solution)
+    assert int(bj.solve_finite_horizon(mdp, regularizer, 2_000).result) != bj.Result.CONVERGED
+
+
+@pytest.mark.parametrize(("temperature", "share", "discount"), [(1e-25, 2.7e-14, 0.9995), (1e-28, 1e-10, 0.9999)])
+def test_the_share_of_an_action_that_is_not_available(temperature, share, discount):
+    """Rewards are 0, and the reference gives some probability to an action that is masked: T log(1 - share) is lost."""
+    single = np.float32
+    mdp = bj.MDP(
+        np.ones((1, 2, 1), single), np.zeros((1, 2), single), single(discount), available=np.array([[False, True]])
+    )
+    regularizer = bj.KLDivergence(single(temperature), np.array([share, 1], single))
+    solution = bj.solve(mdp, regularizer)
+    right = -temperature * share / (1 - discount)
+    assert abs(float(solution.value[0]) - right) <= float(solution.stats.error_bound)
+    finite = bj.solve_finite_horizon(mdp, regularizer, 2_000, discount=single(1))
+    assert abs(float(finite.value[0, 0]) + 2_000 * temperature * share) <= float(finite.error_bound)

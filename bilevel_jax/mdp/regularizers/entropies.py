@@ -152,9 +152,8 @@ class KLDivergence(Regularizer):
         # The maximum over actions that the reference allows; others must not set the scale.
         allowed = reference > 0
         scaled = below_best(q, argmax_last(jnp.where(allowed, q, -jnp.inf)), temperature, allowed)
-        # Others may lie far above: they are not taken, but the derivative in their reference, temperature exp(scaled),
-        # has to stay finite, and some of them added up.
-        most = math.log(float(jnp.finfo(q.dtype).max)) - 4 - jnp.log(jnp.maximum(temperature, 1))
+        # Others may lie far above. The square root of exp(scaled) has to stay finite, see `_others`.
+        most = 2 * math.log(float(jnp.finfo(q.dtype).max)) - 1
         return jnp.where(allowed, scaled, jnp.minimum(scaled, most)), temperature, reference
 
     def conjugate(self, q):
@@ -168,8 +167,12 @@ class KLDivergence(Regularizer):
         # the reference: rounding in it would be multiplied by the temperature, as its derivative would be.
         # A reference that sums to 1 + 1e-7, as one that was normalized in float32 may, is divided by its sum.
         mass = sum_last(reference)
-        shortfall = sum_last(reference * jnp.where(available, jnp.expm1(scaled), -1)) / mass
-        weights, total = _weights(scaled, reference, available)
+        allowed, root = reference > 0, _root(scaled, available)
+        others = sum_last(_others(root, reference, temperature))
+        usual = available & allowed
+        below = jnp.where(usual, jnp.expm1(jnp.where(usual, scaled, 0)), -1)
+        shortfall = (sum_last(reference * below) + others) / mass
+        weights, total = _weights(root, reference, temperature)
         near = shortfall > NEAR
         # The weights sum to 1, so that no derivative leaves the range on the way from the temperature to itself.
         log_far = stop_gradient(jnp.log(total / mass)) + derivative_of(jnp.log(sum_last(weights) / mass), ~near)
@@ -178,7 +181,7 @@ class KLDivergence(Regularizer):
 
     def policy(self, q):
         scaled, _, reference = self._scaled(q)
-        weights, _ = _weights(scaled, reference, is_available(q))
+        weights, _ = _weights(_root(scaled, is_available(q)), reference, jnp.ones((), q.dtype))
         return weights / sum_last(weights)[..., None]
 
     def lost(self, q):
@@ -227,19 +230,36 @@ def _raised(dtype: Any) -> float:
     return 8 / rounding.unit_roundoff(dtype)
 
 
-def _weights(
-    scaled: Rows, reference: Float[Array, "*#states A"], available: Bool[Array, "*states A"]
-) -> tuple[Rows, PerRow]:
-    """reference exp(scaled), divided by their sum, [S, A], and that sum, [S], as a constant.
+def _root(scaled: Rows, available: Bool[Array, "*states A"]) -> Rows:
+    """The square root of exp(scaled), [S, A], 0 where an action is not available.
 
-    Those of actions that the reference does not allow are 0 and have a derivative. The best action may be one that the
-    reference hardly ever takes. Weights of others which are as large are then near the smallest normal number, and
-    their exponentials may be below it: these are made as squares, and the sum of large numbers.
+    The best action may be one that the reference hardly ever takes. Exponentials of others whose weights are as large
+    may be below the smallest normal number; those of actions that the reference does not allow, beyond the largest.
     """
-    root, allowed = jnp.where(available, jnp.exp(scaled / 2), 0), reference > 0
-    raised = sum_last(stop_gradient(jnp.where(allowed, reference * _raised(scaled.dtype) * root * root, 0)))
-    weights = reference * (_raised(scaled.dtype) / raised)[..., None] * root * root
-    return jnp.where(allowed, weights, derivative_of(weights, ~allowed)), raised / _raised(scaled.dtype)
+    return jnp.where(available, jnp.exp(scaled / 2), 0)
+
+
+def _weights(root: Rows, reference: Float[Array, "*#states A"], times: Scalar) -> tuple[Rows, PerRow]:
+    """reference exp(scaled), divided by their sum, [S, A], and that sum, [S], as a constant; see `_root`.
+
+    Those of actions that the reference does not allow are 0 and have a derivative, which will be multiplied by `times`.
+    Near the smallest normal number the sum is one of large numbers.
+    """
+    allowed, most = reference > 0, _raised(root.dtype)
+    raised = sum_last(stop_gradient(jnp.where(allowed, reference * most * root * root, 0)))
+    inverse = (most / raised)[..., None]
+    others = _others(root, reference, times, inverse)
+    return jnp.where(allowed, reference * inverse * root * root, others), raised / most
+
+
+def _others(root: Rows, reference: Float[Array, "*#states A"], times: Scalar, factor: Any = 1.0) -> Rows:
+    """factor reference exp(scaled), [S, A], of actions that the reference does not allow: 0, with a derivative.
+
+    `times` this derivative is cut where it would be out of range: it has to be finite, since 0 times it must be 0.
+    """
+    largest = math.sqrt(0.9 * float(jnp.finfo(root.dtype).max))
+    within = jnp.minimum(root, stop_gradient(largest / (jnp.sqrt(times) * jnp.sqrt(factor))))
+    return derivative_of(reference * factor * within * within, reference <= 0)
 
 
 def _xlogy(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:

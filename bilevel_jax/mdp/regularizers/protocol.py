@@ -24,6 +24,9 @@ from bilevel_jax.core.quotients import quotient
 from bilevel_jax.core.reductions import is_first, max_last
 from bilevel_jax.core.validation import as_float, require_positive
 
+# An action so many temperatures below the best is not taken: exp(-745) is 0 in float64, in float32 exp(-104) is.
+FAR_BELOW = 1e4
+
 # Rows of action values or of a policy, mostly [S, A], and a number per row, mostly [S].
 Rows = Float[Array, "*states A"]
 PerRow = Float[Array, "*states"]
@@ -118,8 +121,12 @@ def usable(temperature: Scalar, dtype: Any) -> Scalar:
 
 
 def below_best(q: Rows, best: Int[Array, "*states"], temperature: Scalar, allowed: Any = True) -> Rows:
-    """(Q - Q of the action best[S]) / temperature, [S, A], with its derivative; see `_below`."""
-    return quotient(below(q, best, allowed) + derivative_of(q, is_available(q)), temperature)
+    """(Q - Q of the action best[S]) / temperature, [S, A], with its derivative; see `below`.
+
+    It is at least -10^4, where all weights are 0: at -inf their derivatives would be NaN.
+    """
+    gap = jnp.maximum(below(q, best, allowed), -FAR_BELOW * stop_gradient(temperature))
+    return quotient(gap + derivative_of(q, is_available(q)), temperature)
 
 
 def below(q: Rows, best: Int[Array, "*states"], allowed: Any = True) -> Rows:

@@ -55,6 +55,7 @@ def known(flags):
 # Whose numbers depend on how they are compiled.
 NUMERICAL = {
     "test_linear_solvers",
+    "test_cancellation",
     "test_certificates",
     "test_derivatives",
     "test_equal_terms",

@@ -28,6 +28,8 @@ def rows_that_differ_by(delta, discount, dtype, seed):
     return process
 
 
+@pytest.mark.often(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["policy", "difference of values"])
 @pytest.mark.parametrize(("delta", "discount"), [(1e-4, 0.5), (1e-5, 0.7), (1e-3, 0.99)])
 def test_successors_of_the_actions_that_are_nearly_the_same(delta, discount, objective):
@@ -48,6 +50,8 @@ def test_successors_of_the_actions_that_are_nearly_the_same(delta, discount, obj
         assert off <= float(made[np.float32].error) < 0.3 * abs(want) * max(1, 1e-5 / delta / (1 - discount))
 
 
+@pytest.mark.often(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("regularizer", ["none", "tsallis"])
 @pytest.mark.parametrize(("left", "depth"), [(0.01, 1), (0.01, 2), (1e-3, 1)])
 def test_a_value_that_is_left_of_large_numbers(left, depth, regularizer):
@@ -76,6 +80,7 @@ def test_a_value_that_is_left_of_large_numbers(left, depth, regularizer):
         assert off <= float(made[np.float32].error)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("gap", [51.0, 63.0, 201.0, 211.0])
 def test_the_exponent_of_a_rare_action(gap):
     """exp(-500) has the rounding of the number 500, which is no part of V."""
@@ -110,6 +115,7 @@ def of_the_start(x):
     return made.gradient, made.error
 
 
+@pytest.mark.slow
 def test_a_walk_with_a_small_drift():
     want, _ = of_the_start(np.float64(1))
     made, error = of_the_start(np.float32(1))

@@ -219,6 +219,7 @@ class FromReference(bj.Problem):
         return self.weights @ solution.value
 
 
+@pytest.mark.often(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(60, 8), (8, 60)])
 def test_errors_of_derivatives_in_a_reference(shape):
@@ -498,6 +499,7 @@ def test_random_signs_are_unbiased():
     assert error / 2 <= made.error <= 10 * error
 
 
+@pytest.mark.often(1)
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [bj.FiniteDifferences(), bj.SimultaneousPerturbation(jax.random.key(0), 4)])
 def test_perturbations_jit_and_vmap(method):

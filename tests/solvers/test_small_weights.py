@@ -110,6 +110,7 @@ def test_derivatives_where_the_best_is_rare():
 
 
 @pytest.mark.few(4)
+@pytest.mark.often(5)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("actions", [4, 20, 1000])
 @pytest.mark.parametrize("below", [0.9, 3.6, 18.0])
@@ -178,6 +179,7 @@ KINDS = {
 OBJECTIVES = {"value": lambda x, s: s.value[0], "policy": lambda x, s: s.policy[0, 0]}
 
 
+@pytest.mark.often(5)
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,7 +232,7 @@ def test_other_criteria_and_second_derivatives_at_such_temperatures(kind):
 
 
 @pytest.mark.few(4)
-@pytest.mark.often(16)
+@pytest.mark.often(5)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kind", ["shannon", "kl"])
 @pytest.mark.parametrize("of", ["value", "policy"])

@@ -258,6 +258,8 @@ def test_weights_that_a_device_takes_for_0_are_in_the_bound(kind, gap, actions):
     assert (int(sparse.result), float(sparse.stats.error_bound)) == (bj.Result.CONVERGED, 0)
 
 
+@pytest.mark.few(1)
+@pytest.mark.often(4)
 @pytest.mark.parametrize("kind", ["none", "shannon", "tsallis", "kl"])
 @pytest.mark.parametrize("states", [1, 65])
 def test_a_value_that_is_out_of_range(kind, states):

@@ -87,7 +87,7 @@ def pairs():
             yield pytest.param(name, method, marks=() if often else pytest.mark.nightly)
 
 
-@pytest.mark.often(12)
+@pytest.mark.often(8)
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), list(pairs()))
 def test_every_pair(name, method):

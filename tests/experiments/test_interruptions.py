@@ -170,7 +170,7 @@ def chunked(tmp_path_factory) -> tuple[str, dict]:
     return limit, found(directory / "out")
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 9, 10])  # of four points per chunk, before its last segment
 def test_goes_on_to_the_bit_in_every_chunk_of_every_program(at, tmp_path, chunked):
@@ -188,7 +188,7 @@ def test_goes_on_to_the_bit_in_every_chunk_of_every_program(at, tmp_path, chunke
     assert found(out) == whole
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("at", range(1, 9))
 def test_goes_on_to_the_bit_from_any_block(at, tmp_path):
@@ -328,7 +328,7 @@ def test_exit_status_of_a_process(name, text, number, status, tmp_path):
     assert "interrupted; the state is kept" in error
 
 
-@pytest.mark.often(6)
+@pytest.mark.often(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 0.3, 0.6, 1.0, 1.5, 2.5])
 @pytest.mark.parametrize(("name", "text"), [("run", RUN), ("compare", COMPARISON)])

@@ -94,7 +94,7 @@ WRONG = {
 }
 
 
-@pytest.mark.often(3)
+@pytest.mark.often(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("part", WRONG)
 def test_it_says_which_part_is_wrong(part):

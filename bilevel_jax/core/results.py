@@ -56,6 +56,13 @@ MESSAGES = {
 }
 
 
+# What to do where no solve failed, but f itself has no finite value or slope.
+OBJECTIVE_NOT_FINITE = (
+    "a value was not finite; look for a logarithm, root, norm or quotient at the border of its domain in the "
+    "objective, for NaN or infinity in the upper variable, and at the other results of this report"
+)
+
+
 class Outcome(NamedTuple):
     """The report of one iteration: `what` it computed, its result codes, and its error bounds (None without any).
 
@@ -87,13 +94,7 @@ def finite_outcome(
 
     No iteration checks these by itself.
     """
-    return Outcome("objective or its gradient", _finite(value, gradient), error_bound, _OBJECTIVE_NOT_FINITE)
-
-
-_OBJECTIVE_NOT_FINITE = (
-    "a value was not finite; look for a logarithm, root, norm or quotient at the border of its domain in the "
-    "objective, for NaN or infinity in the upper variable, and at the other results of this report"
-)
+    return Outcome("objective or its gradient", _finite(value, gradient), error_bound, OBJECTIVE_NOT_FINITE)
 
 
 @jax.jit

@@ -37,10 +37,10 @@ def error_bound(
     solved for the correction of w, to one digit. Both are then moved by what rounding may have done to them, with
     either sign: where large numbers cancel in V or in df/dV, it may be much of what is left, and nothing else would
     tell. The bound is twice the distance between `gradient` and the gradient at these V and w, plus an allowance for
-    the rounding of the sums that it is made of. If w is None, the whole adjoint is solved for, to
-    its solver's own tolerance. The bound costs a few sweeps and products, and one more evaluation of the gradient
-    formula; three more of f and its gradient where x moves a number that many states share, such as the discount.
-    It is not differentiated.
+    the rounding of the sums that it is made of. If w is None, the whole adjoint is solved for, to its solver's own
+    tolerance. The bound costs a few sweeps, two linear solves to one digit, one more evaluation of the gradient formula
+    and one of f's gradient; three more of that where x moves a number that many states share, such as the discount. It
+    is not differentiated.
 
     The bound is infinite where the further solve ended with MAX_ITERATIONS or NOT_FINITE. After PRECISION_LIMIT the V
     that was reached is used.

@@ -20,9 +20,9 @@ class Hypergradient(eqx.Module):
     is w[S] with (I - discount P_pi)' w = df/dV (batch axes as in the MDP), a signed discounted occupancy; `stats` is
     the report of its solve. `error` is an estimate of the 2-norm, over all leaves, of the gradient minus the true
     hyper-gradient: a bound to first order, no proof. Each method documents how it is computed. It is infinite where
-    value or gradient are not finite, and None where it was not asked for. `adjoint`
-    and `stats` are None from methods without an adjoint. `bj.check(hypergradient)` raises where solution or adjoint did
-    not converge, or where value or gradient is not finite.
+    value or gradient are not finite, and None where it was not asked for. `adjoint` and `stats` are None from methods
+    without an adjoint. `bj.check(hypergradient)` raises where solution or adjoint did not converge, or where value or
+    gradient is not finite.
     """
 
     value: Scalar

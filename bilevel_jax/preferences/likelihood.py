@@ -40,7 +40,8 @@ def decision_scores(
     """Return temperature log pi(a|s) of each step, [N, H]; the score of a segment judged by its decisions is their sum.
 
     At the soft-optimal policy of a reward it is the soft advantage Q - V of what was done (Knox et al. 2022; the model
-    of contrastive preference learning, Hejna et al. 2024).
+    of contrastive preference learning, Hejna et al. 2024). With a `KLDivergence` it is that plus temperature log
+    reference.
 
     Labels tell the product of this temperature and the rationality, but neither of the two: give one, or fit the
     product, as the rationality at temperature 1.

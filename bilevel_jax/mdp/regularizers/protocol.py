@@ -7,7 +7,7 @@ An action that is not available has Q = -inf: its probability is 0 and nothing d
 
 Code here never needs two computations of one number to agree to the bit: a compiler may compute Q twice and round it
 differently, and at low temperatures one unit in the last place decides between a weight of 1 and of 0. The first best
-action is found by its index, and is 0 below the best by construction (`_below_best`).
+action is found by its index, and is 0 below the best by construction (`below_best`).
 """
 
 import abc
@@ -121,11 +121,16 @@ def usable(temperature: Scalar, dtype: Any) -> Scalar:
 
 
 def below_best(q: Rows, best: Int[Array, "*states"], temperature: Scalar, allowed: Any = True) -> Rows:
-    """(Q - Q of the action best[S]) / temperature, [S, A], with its derivative; see `below`.
+    """(Q - Q of the action best[S]) / temperature, [S, A], with its derivative; see `below`."""
+    return over_temperature(below(q, best, allowed), q, temperature)
+
+
+def over_temperature(gap: Rows, q: Rows, temperature: Scalar) -> Rows:
+    """gap / temperature, [S, A], where gap is that of `below`, with the derivative of q / temperature.
 
     It is at least -10^4, where all weights are 0: at -inf their derivatives would be NaN.
     """
-    gap = jnp.maximum(below(q, best, allowed), -FAR_BELOW * stop_gradient(temperature))
+    gap = jnp.maximum(gap, -FAR_BELOW * stop_gradient(temperature))
     return quotient(gap + derivative_of(q, is_available(q)), temperature)
 
 

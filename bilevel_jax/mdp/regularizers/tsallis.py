@@ -9,7 +9,15 @@ from jaxtyping import ArrayLike, Real
 
 from bilevel_jax.core.derivatives import derivative_of
 from bilevel_jax.core.reductions import argmax_last, is_first, max_last, sum_last
-from bilevel_jax.mdp.regularizers.protocol import PerRow, Regularizer, Rows, below, below_best, is_available, usable
+from bilevel_jax.mdp.regularizers.protocol import (
+    PerRow,
+    Regularizer,
+    Rows,
+    below,
+    is_available,
+    over_temperature,
+    usable,
+)
 
 
 class TsallisEntropy(Regularizer):
@@ -61,7 +69,7 @@ class TsallisEntropy(Regularizer):
         gap = below(q, argmax_last(q))
         # 1 + (Q - max Q) / temperature: by this order of operations its digits are right where it is small.
         margin = jnp.where(available, (temperature + gap) / temperature, -jnp.inf)
-        return _sparsemax(margin, below_best(q, argmax_last(q), temperature))
+        return _sparsemax(margin, over_temperature(gap, q, temperature))
 
     def penalty(self, policy):
         return jnp.asarray(self.temperature, policy.dtype) / 2 * (sum_last(policy**2) - 1)

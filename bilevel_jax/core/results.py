@@ -77,14 +77,16 @@ class Outcome(NamedTuple):
     def failures(self) -> tuple[str, ...]:
         """Say what failed, why, what to do, and how often: a sentence per code that is not CONVERGED."""
         codes = np.atleast_1d(np.asarray(self.result))
-        bound = self.error_bound
-        known = "" if bound is None else f", largest error bound {float(np.max(np.asarray(bound))):.3g}"
         messages = MESSAGES | {Result.NOT_FINITE: self.not_finite}
-        return tuple(
-            f"{self.what}: {messages[Result(code)]} ({np.count_nonzero(codes == code)} of {codes.size} failed{known})"
-            for code in np.unique(codes).tolist()
-            if code != Result.CONVERGED
-        )
+
+        def sentence(code: int) -> str:
+            failed, known = codes == code, ""
+            if self.error_bound is not None:
+                bounds = np.broadcast_to(np.asarray(self.error_bound), codes.shape)
+                known = f", largest error bound {float(np.max(bounds[failed])):.3g}"
+            return f"{self.what}: {messages[Result(code)]} ({failed.sum()} of {codes.size} failed{known})"
+
+        return tuple(sentence(code) for code in np.unique(codes).tolist() if code != Result.CONVERGED)
 
 
 def finite_outcome(

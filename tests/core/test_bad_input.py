@@ -417,3 +417,10 @@ def test_every_result_has_a_message():
 def test_errors_are_the_usual_python_ones():
     assert issubclass(bj.InputError, ValueError)
     assert issubclass(bj.ConvergenceError, RuntimeError)
+
+
+def test_the_bound_that_a_message_gives_is_that_of_the_elements_it_counts():
+    outcome = bj.core.results.Outcome("solve", np.array([0, 1, 2, 1]), np.array([5.0, 1e-3, np.nan, 1e-4]))
+    steps, lost = outcome.failures()
+    assert steps.endswith("(2 of 4 failed, largest error bound 0.001)")
+    assert lost.endswith("(1 of 4 failed, largest error bound nan)")

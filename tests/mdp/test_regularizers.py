@@ -112,6 +112,32 @@ def test_a_derivative_in_a_reference_of_zero_far_above():
         np.testing.assert_allclose(np.longdouble(of_policy), want, rtol=rtol)
 
 
+def test_derivatives_in_the_temperature_beside_a_good_action_that_the_reference_forbids():
+    """They are 0, in both modes and twice, however far above the action is."""
+    gaps = jnp.arange(80, 200, dtype=jnp.float32)
+
+    def both(temperature, gap):
+        regularizer = bj.KLDivergence(temperature, jnp.array([1, 0], jnp.float32))
+        q = jnp.stack([jnp.zeros_like(gap), jax.lax.stop_gradient(gap * temperature)])[None]
+        return jnp.stack([regularizer.conjugate(q)[0], regularizer.policy(q)[0, 0]])
+
+    for temperature in (1, 0.1, 1e-3, 1e-5):
+        at = jnp.asarray(temperature, jnp.float32)
+        for derivative in (jax.jacfwd(both), jax.jacrev(both), jax.jacfwd(jax.jacrev(both))):
+            assert not np.any(jax.vmap(derivative, (None, 0))(at, gaps)), temperature
+
+
+def test_mixed_derivatives_in_a_reference_of_zero():
+    q = jnp.array([[0, 53.7]], jnp.float32)
+    slope = jax.grad(lambda reference, q, t: bj.KLDivergence(t, reference).conjugate(q)[0])
+    reference, temperature = jnp.array([1, 0], jnp.float32), jnp.float32(1)
+    of_q = jax.jacfwd(slope, 1)(reference, q, temperature)[1, 0]
+    of_temperature = jax.jacfwd(slope, 2)(reference, q, temperature)[1]
+    weight = np.exp(53.7)  # the derivative is t expm1(q / t)
+    np.testing.assert_allclose(of_q, [-weight, weight], rtol=1e-4)
+    np.testing.assert_allclose(of_temperature, weight * (1 - 53.7), rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_where_a_quotient_is_out_of_range(kind):
     """100 / 1e-37 is infinite in float32: the weight is 0, and so is its derivative."""

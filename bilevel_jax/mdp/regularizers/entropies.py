@@ -152,8 +152,10 @@ class KLDivergence(Regularizer):
         # The maximum over actions that the reference allows; others must not set the scale.
         allowed = reference > 0
         scaled = below_best(q, argmax_last(jnp.where(allowed, q, -jnp.inf)), temperature, allowed)
-        # Others may lie far above. The square root of exp(scaled) has to stay finite, see `_others`.
-        most = 2 * math.log(float(jnp.finfo(q.dtype).max)) - 1
+        # Others may lie far above. Two derivatives in the temperature of the square root of exp(scaled) have to stay
+        # finite, since they are multiplied by 0. Nothing is cut that is in the range of the derivative in `_others`.
+        largest, below_one = math.log(float(jnp.finfo(q.dtype).max)), jnp.log(jnp.minimum(temperature, 1))
+        most = jnp.minimum(2 * largest - 1, jnp.maximum(2 * (largest - 11 + 2 * below_one), largest - below_one))
         return jnp.where(allowed, scaled, jnp.minimum(scaled, most)), temperature, reference
 
     def conjugate(self, q):
